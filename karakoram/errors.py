@@ -1,0 +1,42 @@
+"""What goes wrong, said once and said well.
+
+Every error that a user can cause is a `KarakoramError`: what happened, to which thing, with which value, and what to do.
+The command line prints it as one line and exits with 2; a traceback is a bug.
+"""
+
+
+class KarakoramError(Exception):
+    """Base of all errors that a user can cause. `what` names the thing and the value, `fix` says what to do about it."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what} {fix}".strip() if fix else what)
+        self.what = what
+        self.fix = fix
+
+
+class ConfigError(KarakoramError):
+    """A `config.json` that this package cannot run faithfully."""
+
+
+class CheckpointError(KarakoramError):
+    """A checkpoint that is missing, damaged, incomplete or of another kind."""
+
+
+class FormatError(KarakoramError):
+    """Bits that do not have the promised layout, or a conversion that would lose some."""
+
+
+class TokenizerError(KarakoramError):
+    """A tokenizer that is missing, damaged, or does not fit; or ids outside its vocabulary."""
+
+
+class ChatError(KarakoramError):
+    """Messages, tools or a dialect that cannot be rendered or parsed."""
+
+
+class InputError(KarakoramError):
+    """A wrong argument: token ids out of range, empty prompt, impossible option."""
+
+
+class TrainingError(KarakoramError):
+    """Training that cannot start or go on."""
