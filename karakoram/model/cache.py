@@ -1,0 +1,66 @@
+"""The latent cache: what MLA remembers of a token, 576 numbers a layer for K2 (512 latent + 64 rope key).
+
+A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the slots 0…p. That one
+rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding above p, where no
+query looks before it has been overwritten), without a mask that anyone must carry around.
+
+Legend: B rows, T new tokens, S slots, L latent, R rope key.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from karakoram.config import ModelConfig
+from karakoram.errors import InputError
+
+
+class Cache(Protocol):
+    """What attention needs of a cache; the contiguous one is below, a paged one may take its place."""
+
+    @property
+    def length(self) -> int:
+        """Slots in use: one more than the highest position of the passes so far."""
+        ...
+
+    def append(self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens at their positions; return all slots up to the highest one used: [B, S, L] and [B, S, R]."""
+        ...
+
+
+class LatentCache:
+    """Contiguous memory for `batch` rows of `capacity` tokens; 2 · (L + R) bytes per token and layer in bfloat16."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, capacity)
+        self.capacity, self.length = capacity, 0
+        self.latents = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
+        self.rope_keys = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+
+    def append(self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Cache.append`. Raises InputError past the capacity."""
+        used = int(positions_BT.max()) + 1
+        if used > self.capacity:
+            raise InputError(
+                f"Position {used - 1} does not fit a latent cache of {self.capacity} tokens.",
+                "Make the cache larger or the prompt shorter.",
+            )
+        # every layer sees the same positions; the last one ends the pass, so that `length` is steady during it
+        if layer == self.latents.shape[0] - 1:
+            self.length = max(self.length, used)
+        rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        self.latents[layer][rows_B1, positions_BT] = latent_BTL.to(self.latents.dtype)
+        self.rope_keys[layer][rows_B1, positions_BT] = rope_key_BTR.to(self.rope_keys.dtype)
+        return self.latents[layer, :, :used], self.rope_keys[layer, :, :used]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all batch rows but these (a finished sequence leaves the batch)."""
+        self.latents, self.rope_keys = self.latents[:, rows], self.rope_keys[:, rows]
