@@ -27,6 +27,13 @@ def test_the_ladder_holds(project_root: Path) -> None:
     assert "0 broken" in done.stdout, done.stdout
 
 
+def test_every_folder_with_code_is_a_package(project_root: Path) -> None:
+    """Without `__init__.py` a folder is invisible to the ladder and left out of the wheel."""
+    folders = {file.parent for file in (project_root / "karakoram").rglob("*.py")}
+    missing = [str(f.relative_to(project_root)) for f in sorted(folders) if not (f / "__init__.py").exists()]
+    assert not missing, f"no __init__.py in {missing}"
+
+
 def test_importing_the_package_loads_nothing_heavy(project_root: Path) -> None:
     assert _loaded_after("import karakoram; dir(karakoram)", project_root) == set()
 

@@ -47,5 +47,6 @@ def test_public_functions_state_their_contract(project_root: Path) -> None:
 
 
 def test_the_check_itself_finds_what_it_should() -> None:
-    code = "def f(): pass\nclass C:\n    'a'\n    def g(self):\n        x = 1\n        return x\nclass _D:\n    def h(self): pass"
+    method = "    def {}(self):\n        x = 1\n        return x\n"
+    code = f"def f(): pass\nclass C:\n    'a'\n{method.format('g')}class D(C):\n    'a'\n{method.format('h')}"
     assert [node.name for node in _silent(ast.parse(code).body)] == ["f", "g"]
