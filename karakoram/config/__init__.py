@@ -1,7 +1,8 @@
-"""What a model is, from `config.json` alone: `ModelConfig`, the presets, and the rules by which a file is read or refused.
+"""What a model is, from `config.json` alone: `ModelConfig`, the presets, and the rules by which a file is refused.
 
-`keys.py` lists every known key as data, `reading.py` applies the lists, `rope.py` and `quantization.py` read the two nested
-blocks, `presets.py` holds the published models, `model_config.py` the dataclass and its bounds. Standard library only.
+`keys.py` lists every known key as data, `reading.py` applies the lists, `rope.py` and `quantization.py` read the two
+nested blocks, `presets.py` holds the published models, `model_config.py` the dataclass and its bounds.
+Standard library only.
 """
 
 from karakoram.config.model_config import ModelConfig

@@ -1,12 +1,12 @@
 """Every `config.json` key this package has an opinion about, as data.
 
-Three lists decide the fate of a key. *Used* keys become fields of `ModelConfig`. *Harmless* keys cannot change the logits
-of a forward pass; each carries its reason. *Pinned* keys are harmless with one value only: any other value names
-mathematics that is not implemented here. Whatever is on no list may change the mathematics, so it is refused by name and
-value, and only the user can wave it through (`--allow-config-key KEY`).
+Three lists decide the fate of a key. *Used* keys become fields of `ModelConfig`. *Harmless* keys cannot change the
+logits of a forward pass; each carries its reason. *Pinned* keys are harmless with one value only: any other value names
+mathematics that is not implemented here. Whatever is on no list may change the mathematics, so it is refused by name
+and value, and only the user can wave it through (`--allow-config-key KEY`).
 
-Sources: the published configs of Kimi-K2-Instruct, K2-Thinking, K2.5, K2.6, Moonlight and Kimi-VL; what transformers 5's
-`DeepseekV3Config` and `Kimi_K25Config` write; the full dumps of transformers 4's `PretrainedConfig`.
+Sources: the published configs of Kimi-K2-Instruct, K2-Thinking, K2.5, K2.6, Moonlight and Kimi-VL; what transformers
+5's `DeepseekV3Config` and `Kimi_K25Config` write; the full dumps of transformers 4's `PretrainedConfig`.
 """
 
 from typing import Final

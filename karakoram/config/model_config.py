@@ -124,7 +124,7 @@ class ModelConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat text-only `config.json`; `from_dict` gives an equal config, and transformers' `DeepseekV3Config` reads it."""
+        """A flat, text-only `config.json` that transformers' `DeepseekV3Config` reads and `from_dict` gives back."""
         scaling = self.rope_scaling
         result: dict[str, Any] = {
             "architectures": ["DeepseekV3ForCausalLM"],

@@ -1,8 +1,8 @@
 """The published models of the family and our own nano, as the `config.json` each would have.
 
-Source: the configs in the model repositories (K2-Instruct, K2.5, K2.6, Moonlight, Kimi-VL) and, where those were not at
-hand, settings derived from them: 0905's maximum length, epsilon and end token, K2-Thinking's `ignore` list and Kimi-VL's
-epsilon follow the neighbouring releases and are not confirmed by a published file.
+Source: the configs in the model repositories (K2-Instruct, K2.5, K2.6, Moonlight, Kimi-VL) and, where those were not
+at hand, settings derived from them: 0905's maximum length, epsilon and end token, K2-Thinking's `ignore` list and
+Kimi-VL's epsilon follow the neighbouring releases and are not confirmed by a published file.
 """
 
 from typing import Any, Final

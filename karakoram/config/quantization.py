@@ -1,8 +1,8 @@
 """`quantization_config`: which of the three stored formats a checkpoint declares.
 
 bf16 (no such key), fp8 in 128×128 blocks (K2-Base, K2-Instruct, 0905), or int4 in groups of 32, symmetric, in
-compressed-tensors' `pack-quantized` layout (K2-Thinking, K2.5, K2.6). Everything else is refused by key and value, since
-other bits under the same tensor names would be read as wrong numbers without any error.
+compressed-tensors' `pack-quantized` layout (K2-Thinking, K2.5, K2.6). Everything else is refused by key and value,
+since other bits under the same tensor names would be read as wrong numbers without any error.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ _MISSING: Final = object()
 
 
 def load_json_object(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in file `path`. ConfigError if absent, too long, not UTF-8 JSON, not an object, or a key is double."""
+    """The JSON object in file `path`. ConfigError if absent, too long, not JSON, not an object, or with a double key."""
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
@@ -218,7 +218,7 @@ def _mtp_layers(text: Mapping[str, Any], notes: list[str]) -> int:
     count = max(_int(text, key, 0) or 0 for key in ("num_nextn_predict_layers", "num_mtp_layers"))
     if count:
         notes.append(
-            f"config declares {count} multi-token-prediction layer(s); they are not run, the logits do not need them"
+            f"config declares {count} multi-token-prediction layer(s), which are not run: the logits need none"
         )
     return count
 

@@ -1,14 +1,13 @@
 """RoPE settings: two spellings of `config.json`, one meaning.
 
 Older files write `rope_theta` beside `rope_scaling {type | rope_type, factor, …}` (or null), transformers 5 writes
-`rope_parameters {rope_type, rope_theta, factor, …}`. Both are read to `(theta, RopeScaling | None)`; a file with both must
-say the same twice. Only YaRN and no scaling exist in this family.
+`rope_parameters {rope_type, rope_theta, factor, …}`. Both are read to `(theta, RopeScaling | None)`; a file with both
+must say the same twice. Only YaRN and no scaling exist in this family.
 
 What an absent YaRN key means follows transformers' `_compute_yarn_parameters` and DeepSeek-V3's `yarn_apply_mscale`:
 `beta_fast` 32, `beta_slow` 1 (null and 0 count as absent); `original_max_position_embeddings` the declared maximum;
-a null `factor` the ratio of the two. The factor on cos and sin is m(mscale) / m(mscale_all_dim) if both are given and
-non-zero, else m(1), with m(x) = 0.1·x·ln(factor) + 1; the softmax scale is multiplied by m(mscale_all_dim)² if that is
-given and non-zero.
+a null `factor` the ratio of the two. An absent, null or zero `mscale` or `mscale_all_dim` becomes 0 here: unless both are
+given, cos and sin are scaled as if mscale were 1 (`karakoram.model.rope`).
 """
 
 import math
@@ -23,7 +22,7 @@ from karakoram.errors import ConfigError
 class RopeScaling:
     """YaRN settings (`rope_scaling` / `rope_parameters`), static at all lengths.
 
-    `mscale` or `mscale_all_dim` of 0 means "not given". Use `attention_factor` and `softmax_factor` rather than these two.
+    `mscale` or `mscale_all_dim` of 0 means "not given".
     """
 
     factor: float
@@ -47,24 +46,9 @@ class RopeScaling:
             )
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ConfigError(
-                f"config keys rope_scaling.beta_fast {self.beta_fast!r} and beta_slow {self.beta_slow!r} are out of order.",
+                f"config keys rope_scaling.beta_fast {self.beta_fast!r} and beta_slow {self.beta_slow!r} are misordered.",
                 "beta_fast must be at least beta_slow, and beta_slow above 0.",
             )
-
-    def _m(self, mscale: float) -> float:
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-    @property
-    def attention_factor(self) -> float:
-        """What cos and sin are multiplied by; 1.0 for every K2."""
-        if self.mscale and self.mscale_all_dim:
-            return self._m(self.mscale) / self._m(self.mscale_all_dim)
-        return self._m(1.0)
-
-    @property
-    def softmax_factor(self) -> float:
-        """What the softmax scale 1/√(nope + rope) is multiplied by; 1.8133 for K2 (factor 32), 2.0047 at factor 64."""
-        return self._m(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
 _YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings")
@@ -133,7 +117,7 @@ def _read_block(
         original_max_position_embeddings=int(original),
         beta_fast=numbers["beta_fast"] or 32.0,
         beta_slow=numbers["beta_slow"] or 1.0,
-        # without mscale_all_dim, transformers ignores mscale and uses m(1)
+        # alone, without mscale_all_dim, mscale is ignored by transformers: one spelling for one meaning
         mscale=(numbers["mscale"] or 0.0) if mscale_all_dim else 1.0,
         mscale_all_dim=mscale_all_dim,
     )
