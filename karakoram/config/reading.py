@@ -21,7 +21,7 @@ _MISSING: Final = object()
 
 
 def load_json_object(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in file `path`. ConfigError if absent, too long, not JSON, not an object, or with a double key."""
+    """The JSON object in file `path`. ConfigError if absent, too long, not an object, or with a double key."""
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
@@ -62,7 +62,7 @@ def read_config(raw: Mapping[str, Any], allow_keys: Collection[str]) -> dict[str
     text, outer = _unwrap(raw, allow_keys, notes)
     _sort_keys(text, "text_config." if outer else "", keys.USED, keys.HARMLESS, allow_keys, notes)
     values: dict[str, Any] = {name: _int(text, name) for name in keys.REQUIRED_INTS}
-    values["q_lora_rank"] = _int(text, "q_lora_rank", nullable=True)
+    values["q_lora_rank"] = None if "q_lora_rank" in text and text["q_lora_rank"] is None else _int(text, "q_lora_rank")
     values["routed_scaling_factor"] = _float(text, "routed_scaling_factor")
     values["norm_topk_prob"] = _bool(text, "norm_topk_prob")
     values["rms_norm_eps"] = _float(text, "rms_norm_eps", 1e-6)
@@ -76,7 +76,8 @@ def read_config(raw: Mapping[str, Any], allow_keys: Collection[str]) -> dict[str
         values[name] = _token_id(holder, name, several=name == "eos_token_id")
     values["num_nextn_predict_layers"] = _mtp_layers(text, notes)
     values["quantization_config"] = _quantization(text, outer)
-    _check_pinned(text, values)
+    for level in (text, outer or {}):
+        _check_pinned(level, values)
     values["notes"] = tuple(notes)
     return values
 
@@ -129,21 +130,21 @@ def _sort_keys(
         )
 
 
-def _check_pinned(text: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _check_pinned(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     for key, (allowed, meaning) in keys.PINNED.items():
-        if key in text and not any(_same(text[key], ok) for ok in allowed):
+        if key in raw and not any(_same(raw[key], ok) for ok in allowed):
             raise ConfigError(
-                f"config key {key} is {_short(text[key])}, which asks for {meaning}.",
+                f"config key {key} is {_short(raw[key])}, which asks for {meaning}.",
                 f"Only {allowed[0]!r} is implemented.",
             )
     for key, readings in keys.REPEATS.items():
-        if text.get(key) is None:
+        if raw.get(key) is None:
             continue
         expected = [sum(values[name] for name in names) for names in readings]
-        if not any(_same(text[key], number) for number in expected):
+        if not any(_same(raw[key], number) for number in expected):
             formula = " or ".join(" + ".join(names) for names in readings)
             raise ConfigError(
-                f"config key {key} is {_short(text[key])}.",
+                f"config key {key} is {_short(raw[key])}.",
                 f"It must equal {formula} = {' or '.join(map(str, expected))}.",
             )
 
@@ -165,10 +166,8 @@ def _get(raw: Mapping[str, Any], key: str, default: object) -> object:
     return value
 
 
-def _int(raw: Mapping[str, Any], key: str, default: object = _MISSING, nullable: bool = False) -> int | None:
+def _int(raw: Mapping[str, Any], key: str, default: object = _MISSING) -> int:
     value = _get(raw, key, default)
-    if value is None and nullable:
-        return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"config key {key} is {_short(value)}.", "It must be a whole number.")
     return value
@@ -215,7 +214,7 @@ def _tied(text: Mapping[str, Any], outer: Mapping[str, Any] | None, notes: list[
 
 
 def _mtp_layers(text: Mapping[str, Any], notes: list[str]) -> int:
-    count = max(_int(text, key, 0) or 0 for key in ("num_nextn_predict_layers", "num_mtp_layers"))
+    count = max(_int(text, key, 0) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
     if count:
         notes.append(
             f"config declares {count} multi-token-prediction layer(s), which are not run: the logits need none"

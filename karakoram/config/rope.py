@@ -6,8 +6,8 @@ must say the same twice. Only YaRN and no scaling exist in this family.
 
 What an absent YaRN key means follows transformers' `_compute_yarn_parameters` and DeepSeek-V3's `yarn_apply_mscale`:
 `beta_fast` 32, `beta_slow` 1 (null and 0 count as absent); `original_max_position_embeddings` the declared maximum;
-a null `factor` the ratio of the two. An absent, null or zero `mscale` or `mscale_all_dim` becomes 0 here: unless both are
-given, cos and sin are scaled as if mscale were 1 (`karakoram.model.rope`).
+a null `factor` the ratio of the two. An absent, null or zero `mscale` or `mscale_all_dim` becomes 0 here: unless
+both are given, cos and sin are scaled as if mscale were 1 (`karakoram.model.rope`).
 """
 
 import math
@@ -46,7 +46,7 @@ class RopeScaling:
             )
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ConfigError(
-                f"config keys rope_scaling.beta_fast {self.beta_fast!r} and beta_slow {self.beta_slow!r} are misordered.",
+                f"config key rope_scaling.beta_fast is {self.beta_fast!r} and beta_slow {self.beta_slow!r}.",
                 "beta_fast must be at least beta_slow, and beta_slow above 0.",
             )
 
