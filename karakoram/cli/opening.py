@@ -1,0 +1,184 @@
+"""From what a user types as MODEL to a model, a chat format and sampling defaults.
+
+MODEL is `nano` (the bundled model), a checkpoint directory, or a Hugging Face id `owner/name`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from karakoram.config import PRESETS
+from karakoram.errors import CheckpointError, ConfigError, InputError
+from karakoram.session import Session, check_sampling
+
+BUNDLED = "nano"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MAX_JSON_BYTES = 16_000_000  # config.json of K2.5 has 4 kB, a thousand tools have less than 2 MB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `source` says where the values come from, for the user."""
+
+    temperature: float
+    top_p: float
+    source: str
+
+    def __str__(self) -> str:
+        if self.temperature == 0:
+            return f"greedy ({self.source})"
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g} ({self.source})"
+
+
+def names_a_model(text: str) -> bool:
+    """Whether a lone argument is meant as MODEL rather than as a prompt: a known name, a path or `owner/name`."""
+    if text == BUNDLED or text in PRESETS or _HUB_ID.fullmatch(text):
+        return True
+    return text.startswith(("./", "../", "/", "~", ".\\")) or _is_directory(text)
+
+
+def locate(model: str) -> str:
+    """MODEL as a checkpoint directory or hub id. Raises CheckpointError for what can be neither."""
+    if model == BUNDLED:
+        from karakoram.model.load import BUNDLED_DIR
+
+        return str(BUNDLED_DIR)
+    path = Path(model).expanduser()
+    if _is_directory(str(path)) or (_HUB_ID.fullmatch(model) and not path.exists()):
+        return str(path) if path.is_dir() else model
+    if model in PRESETS:
+        raise CheckpointError(
+            f"{model!r} is a preset: it has a configuration but no weights.",
+            f"Give a checkpoint directory or a Hugging Face id; 'k2 inspect {model}' shows its sizes.",
+        )
+    kind = "a file" if path.is_file() else "not an existing directory"
+    raise CheckpointError(
+        f"No model {model!r}: it is {kind}.",
+        f"Give a checkpoint directory, a Hugging Face id owner/name, or '{BUNDLED}'.",
+    )
+
+
+def _is_directory(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # a long prompt, a NUL byte, an unknown ~user: no path
+        return False
+
+
+def open_directory(model: str, allow_config_keys: list[str]) -> Path:
+    """The checkpoint directory of MODEL, downloaded if it is a hub id."""
+    located = locate(model)
+    if Path(located).is_dir():
+        return Path(located)
+    from karakoram.checkpoint import open_checkpoint
+
+    return open_checkpoint(located, allow_config_keys=allow_config_keys).dir
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint ready to talk."""
+
+    directory: Path
+    model: Any
+    fmt: Any
+
+    @property
+    def where(self) -> str:
+        """Device and dtype, for the user."""
+        return f"{self.model.device} {str(self.model.dtype).removeprefix('torch.')}"
+
+    def session(self) -> Session:
+        return Session(self.model, self.fmt)
+
+
+def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allow_config_keys: list[str]) -> Opened:
+    """Open MODEL with its chat format. The format comes first: a mistake in it should not cost the time of a load."""
+    from karakoram.chat import load_chat_format
+
+    directory = open_directory(model, allow_config_keys)
+    fmt = load_chat_format(directory, dialect=dialect)
+    return Opened(directory, load(directory, device, dtype, allow_config_keys), fmt)
+
+
+def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:
+    """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
+    import torch
+
+    from karakoram.model import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"Device {device!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu."
+        ) from error
+    return load_model(str(directory), device=device, dtype=dtype, allow_config_keys=allow_config_keys)
+
+
+def sampling_for(directory: Path, fmt: Any, temperature: float | None = None, top_p: float | None = None) -> Sampling:
+    """The options where given; else generation_config.json of the checkpoint; else the dialect's defaults."""
+    defaults = _from_generation_config(directory)
+    if defaults is None:
+        values = fmt.default_sampling
+        defaults = Sampling(float(values["temperature"]), float(values["top_p"]), f"default of {fmt.dialect}")
+    if temperature is None and top_p is None:
+        return defaults
+    temperature = defaults.temperature if temperature is None else temperature
+    top_p = defaults.top_p if top_p is None else top_p
+    check_sampling(temperature, top_p)
+    return Sampling(temperature, top_p, "as asked")
+
+
+def _from_generation_config(directory: Path) -> Sampling | None:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} does not hold a JSON object.", "Mend or remove the file.")
+    if raw.get("do_sample") is False:
+        return Sampling(0.0, 1.0, path.name)
+    if "temperature" not in raw and "top_p" not in raw:
+        return None
+    temperature, top_p = raw.get("temperature", 1.0), raw.get("top_p", 1.0)
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (temperature, top_p))
+    if not (numbers and temperature >= 0 and 0 < top_p <= 1):
+        raise ConfigError(
+            f"{path}: temperature {temperature!r} and top_p {top_p!r} are no sampling settings.",
+            "temperature must be at least 0, top_p above 0 and at most 1.",
+        )
+    return Sampling(float(temperature), float(top_p), path.name)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file. InputError for what is missing, too large or no JSON."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes.", f"At most {_MAX_JSON_BYTES} are read as JSON.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.", "Check the path.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.", "Mend the file.") from error
+
+
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """OpenAI tool declarations from a JSON file; their schemas are checked where they are rendered."""
+    tools = read_json(path)
+    right = isinstance(tools, list) and all(
+        isinstance(tool, dict)
+        and isinstance(tool.get("function"), dict)
+        and isinstance(tool["function"].get("name"), str)
+        for tool in tools
+    )
+    if not right:
+        raise InputError(
+            f"{path} does not hold a list of tools.",
+            'Write [{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}].',
+        )
+    return tools
