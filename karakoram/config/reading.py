@@ -98,7 +98,7 @@ def _unwrap(
         )
     text = raw.get("text_config", _MISSING)
     if not isinstance(text, Mapping):
-        got = "missing" if text is _MISSING else repr(text)
+        got = "missing" if text is _MISSING else _short(text)
         raise ConfigError(f"config key text_config is {got}.", f"A {model_type} config keeps its text model there.")
     text = cast("Mapping[str, Any]", text)
     inner = text.get("model_type", "deepseek_v3")
@@ -194,11 +194,11 @@ def _token_id(raw: Mapping[str, Any], key: str, several: bool) -> int | tuple[in
     if value is None:
         return None
     listed = several and isinstance(value, list | tuple)
-    ids = cast("list[object]", value) if listed else [value]
+    ids = list(cast("list[object]", value)) if listed else [cast("object", value)]
     good = [one for one in ids if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
     if not ids or len(good) < len(ids) or len(ids) > 1024:
         kind = "a token id or a list of them" if several else "a token id"
-        raise ConfigError(f"config key {key} is {_short(value)}.", f"It must be {kind} (0 or more), or null.")
+        raise ConfigError(f"config key {key} is {_short(raw[key])}.", f"It must be {kind} (0 or more), or null.")
     return tuple(good) if listed else good[0]
 
 
