@@ -48,29 +48,42 @@ class Matrix:
     active_count: int
     kind: Literal["plain", "projection", "expert", "float32"] = "plain"
 
+    def format_in(self, weight_format: str) -> str:
+        """How a checkpoint of `weight_format` stores this: 'bf16', 'fp32', 'fp8' or 'int4'."""
+        if self.kind == "float32":
+            return "fp32"
+        quantized = {"fp8": ("projection", "expert"), "int4": ("expert",)}.get(weight_format, ())
+        return weight_format if self.kind in quantized else "bf16"
+
     def bytes_each(self, weight_format: str) -> int:
         """Stored size of one such tensor, scales included, in a checkpoint of `weight_format`."""
         elements = self.rows * self.columns
-        if self.kind == "float32":
-            return elements * FP32_BYTES
-        if weight_format == "fp8" and self.kind in ("projection", "expert"):
-            return elements + FP32_BYTES * _ceil(self.rows, _FP8_BLOCK) * _ceil(self.columns, _FP8_BLOCK)
-        if weight_format == "int4" and self.kind == "expert":
-            packed = 4 * _ceil(self.columns, 8)  # eight weights to an int32
-            scales = BF16_BYTES * _ceil(self.columns, _INT4_GROUP)
-            return self.rows * (packed + scales) + _INT4_SHAPE_BYTES
-        return elements * BF16_BYTES
+        match self.format_in(weight_format):
+            case "fp32":
+                return elements * FP32_BYTES
+            case "fp8":
+                return elements + FP32_BYTES * _ceil(self.rows, _FP8_BLOCK) * _ceil(self.columns, _FP8_BLOCK)
+            case "int4":
+                packed = 4 * _ceil(self.columns, 8)  # eight weights to an int32
+                scales = BF16_BYTES * _ceil(self.columns, _INT4_GROUP)
+                return self.rows * (packed + scales) + _INT4_SHAPE_BYTES
+            case _:
+                return elements * BF16_BYTES
 
 
 @dataclass(frozen=True)
 class Component:
-    """One line of the bill: parameters, those one token uses, and the stored bytes of both."""
+    """One line of the bill: parameters, those one token uses, and their stored bytes."""
 
     name: str
     parameters: int
     active_parameters: int
-    stored_bytes: int
     active_bytes: int
+    bytes_by_format: dict[str, int]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.bytes_by_format.values())
 
 
 @dataclass(frozen=True)
@@ -138,13 +151,17 @@ def components(config: ModelConfig, weight_format: str | None = None) -> list[Co
     result: list[Component] = []
     for name in COMPONENTS:
         mine = [row for row in rows if row.component == name]
+        bytes_by_format: dict[str, int] = {}
+        for row in mine:
+            key = row.format_in(stored_as)
+            bytes_by_format[key] = bytes_by_format.get(key, 0) + row.count * row.bytes_each(stored_as)
         result.append(
             Component(
                 name,
                 sum(row.count * row.rows * row.columns for row in mine),
                 sum(row.active_count * row.rows * row.columns for row in mine),
-                sum(row.count * row.bytes_each(stored_as) for row in mine),
                 sum(row.active_count * row.bytes_each(stored_as) for row in mine),
+                bytes_by_format,
             )
         )
     return result
