@@ -112,16 +112,17 @@ class Tokenizer:
         No token is added at either end. Lone surrogates are encoded as U+FFFD.
         """
         cuts = cut_points(text)
-        if not cuts:
-            return self._encode_piece(text, allow_special)
         ids: list[int] = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            ids.extend(self._encode_piece(text[start:end], allow_special))
+            piece = text[start:end]
+            if allow_special:
+                ids.extend(self._encoding.encode(piece, allowed_special="all"))
+            else:
+                ids.extend(self._encoding.encode_ordinary(piece))
         return ids
 
-    def _encode_piece(self, text: str, allow_special: bool) -> list[int]:
-        if allow_special:
-            return self._encoding.encode(text, allowed_special="all")
+    def encode_uncut(self, text: str) -> list[int]:
+        """Ordinary token ids of a text that the caller has already cut where `cut_points` says."""
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
