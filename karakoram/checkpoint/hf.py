@@ -1,0 +1,75 @@
+"""From what the user typed to a directory: a path as it is, a hub id through huggingface_hub's cache.
+
+The download takes tensors, configuration and tokenizer, never code and never pickles; it shows progress, resumes after
+an interruption, and works from the cache when the hub cannot be reached. `HF_ENDPOINT` (a mirror), `HF_HOME` (where the
+cache lies), `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean everywhere.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from karakoram.errors import CheckpointError
+
+WANTED = ("*.safetensors", "*.json", "tiktoken.model", "*.jinja")
+UNWANTED = ("*/*",)  # in sub-directories lie other copies of the weights; nothing this package reads
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The directory of a checkpoint. A path that exists wins over a hub id of the same spelling."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file.", "Name the directory that holds config.json and the safetensors files."
+        )
+    text = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(text):
+        raise CheckpointError(
+            f"{text} does not exist.", "Name a directory, or a model on the hub as ORGANISATION/NAME."
+        )
+    return download(text, revision)
+
+
+def download(hub_id: str, revision: str | None = None) -> Path:
+    """The snapshot of a hub model in the local cache, completed from the hub if it can be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    http_error = HfHubHTTPError.__bases__[
+        0
+    ]  # of httpx in huggingface_hub 1, of httpx2 in 2; raised on broken transfers
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(WANTED),
+                ignore_patterns=list(UNWANTED),
+                endpoint=os.environ.get("HF_ENDPOINT") or None,
+            )
+        )
+    except GatedRepoError as error:
+        fix = "Accept its terms on the hub and set HF_TOKEN."
+        raise CheckpointError(f"{hub_id} is gated on the hub.", fix) from error
+    except RepositoryNotFoundError as error:
+        what = f"{hub_id} is neither a directory here nor a model on the hub."
+        raise CheckpointError(what, "Check the spelling; a private model needs HF_TOKEN.") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{hub_id} has no revision {revision!r}.", "Name a branch, tag or commit of it."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        what = f"{hub_id} is not a directory here, not complete in the cache, and the hub cannot be reached."
+        raise CheckpointError(what, "Connect and run the same command again: the download resumes.") from error
+    except (OSError, ValueError, http_error) as error:
+        what = f"{hub_id} could not be downloaded: {' '.join(str(error).split())[:300]}."
+        raise CheckpointError(what, "Run the same command again: the download resumes.") from error
