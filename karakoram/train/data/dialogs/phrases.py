@@ -1,0 +1,32 @@
+"""Sentence templates that know which split they belong to.
+
+Every sentence that a model reads in a dialog (questions, descriptions of tools and arguments, system prompts) comes from a
+`Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over `ALL`.
+Slots are written `{name}` and filled with `str.format_map`.
+"""
+
+from random import Random
+from typing import Any
+
+from karakoram.train.data.names import Split
+
+ALL: dict[str, "Phrases"] = {}
+
+
+class Phrases:
+    """Alternatives for one purpose; `pick` returns one of the split with its slots filled."""
+
+    def __init__(self, name: str, train: str, evaluation: str) -> None:
+        """Both lists as text, one template per line; `name` must be new."""
+        lines = {"train": train, "eval": evaluation}
+        self.of: dict[str, tuple[str, ...]] = {
+            split: tuple(line.strip() for line in text.strip().splitlines() if line.strip()) for split, text in lines.items()
+        }
+        assert name not in ALL, name
+        ALL[name] = self
+
+    def pick(self, rng: Random, split: Split, **slots: Any) -> str:
+        """One template at random, filled."""
+        choices = self.of[split]
+        template = choices[int(rng.random() * len(choices))]
+        return template.format_map(slots) if slots else template

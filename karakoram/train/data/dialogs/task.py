@@ -1,0 +1,36 @@
+"""A task is one question with its solution, before names are given and the conversation is written."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from karakoram.train.data.dialogs.capability import Capability
+
+
+@dataclass(slots=True)
+class Use:
+    """One call: the capability, values by role, and the thought that leads to it (a sentence, with the needed values)."""
+
+    capability: Capability
+    values: dict[str, Any]
+    thought: str = ""
+
+
+@dataclass(slots=True)
+class Task:
+    """`steps` are done one after another, the calls of one step in parallel; no steps = answered directly.
+
+    `expected` are the strings that the answer must contain. `rivals` may be declared beside the needed tools although they are
+    of the same group, because the question tells them apart.
+    """
+
+    family: str
+    question: str
+    steps: list[list[Use]]
+    answer: str
+    expected: tuple[str, ...]
+    thought: str = ""  # before the final answer; a default is written when empty
+    system: str | None = None
+    rivals: tuple[Capability, ...] = ()
+    alone: bool = False  # declare no distractors
+    failure: str | None = None  # the first call returns this error once, and is made again
+    bare: bool = field(default=False)  # no tools at all

@@ -1,0 +1,38 @@
+"""What training data is made of before it becomes token ids.
+
+A `Document` is a conversation in OpenAI's shape, or plain text when `text` is set. A `Scenario` is a document together with
+what is needed to let a model live through it: tools that really run, and the strings its final answer must contain.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from karakoram.tools import Tool
+
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Document:
+    """A finished conversation. `tools` are OpenAI declarations; assistant messages may carry reasoning_content and tool_calls."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool = True
+    text: str | None = None  # plain text instead of a conversation
+
+
+@dataclass(slots=True)
+class Scenario:
+    """`document` ends with the wanted final answer; `prompt_messages` = everything up to and with the last user message."""
+
+    document: Document
+    tools: list[Tool]
+    expected: tuple[str, ...]  # every one must be found in the final answer
+    family: str
+
+    @property
+    def prompt_messages(self) -> list[Message]:
+        messages = self.document.messages
+        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+        return messages[: last + 1]
