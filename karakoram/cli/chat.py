@@ -29,11 +29,11 @@ def chat_command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="'nano' (bundled, the default), a checkpoint directory, or a Hugging Face id."
+            metavar="MODEL", help="'nano' (bundled, the default), a checkpoint directory, or a Hugging Face id."
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Answer this and leave; - reads standard input.")
+        str | None, typer.Argument(metavar="PROMPT", help="Answer this and leave; - reads standard input.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     tools: options.ToolsFile = None,

@@ -35,9 +35,10 @@ def convert_command(
     """
     from karakoram.cli.opening import open_directory
     from karakoram.cli.terminal.progress import byte_progress
-    from karakoram.quantize.convert import convert
 
     source = open_directory(src, allow_config_key or [])
+    from karakoram.quantize.convert import convert
+
     with byte_progress(f"{source.name} → {format.value}") as progress:
         convert(source, dst, format.value, progress=progress)
     typer.echo(f"wrote {dst} in {format.value}")

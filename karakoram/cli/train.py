@@ -34,13 +34,13 @@ def train_command(
     """
     from importlib import import_module
 
-    known = recipes()
-    if recipe not in known:
-        raise InputError(f"There is no recipe {recipe!r}.", f"Recipes: {', '.join(known)}.")
     if minutes is not None and steps is not None:
         raise InputError("--minutes and --steps both set the length of the run.", "Give one of them.")
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data} is not a directory.", "Give the folder that holds gsm8k/ and text/.")
+    known = recipes()
+    if recipe not in known:
+        raise InputError(f"There is no recipe {recipe!r}.", f"Recipes: {', '.join(known)}.")
     given = {"minutes": minutes, "steps": steps, "threads": threads, "seed": seed}
     import_module(f"karakoram.recipes.{recipe.replace('-', '_')}").run(
         out or Path("runs") / recipe,
