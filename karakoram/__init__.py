@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from karakoram.chat import ChatFormat, Tokenizer, load_chat_format
     from karakoram.config import ModelConfig
-    from karakoram.model import generate, load_model
+    from karakoram.model.generate import generate
+    from karakoram.model.load import load_model
     from karakoram.session import Session
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
@@ -32,8 +33,8 @@ _ROOM_OF = {
     "Tokenizer": "karakoram.chat",
     "load_chat_format": "karakoram.chat",
     "ModelConfig": "karakoram.config",
-    "generate": "karakoram.model",
-    "load_model": "karakoram.model",
+    "generate": "karakoram.model.generate",
+    "load_model": "karakoram.model.load",
     "Session": "karakoram.session",
 }
 
