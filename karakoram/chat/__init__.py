@@ -1,7 +1,7 @@
 """The alphabet of talk: messages, prompts, token ids, and the way back. No torch here.
 
-`Tokenizer` turns text into token ids, `ChatFormat` turns messages into a prompt and a model's output back into a message.
-Names are resolved on first use, so that importing the package costs nothing.
+`Tokenizer` turns text into token ids, `ChatFormat` turns messages into a prompt and a model's output back into a
+message. Names are resolved on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations

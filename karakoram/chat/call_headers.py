@@ -1,10 +1,10 @@
 """From the header of a tool call to a tool name and an id, also where the model wrote it wrong.
 
-A header is what stands between `<|tool_call_begin|>` and `<|tool_call_argument_begin|>`; white space in it means nothing.
-`[functions.]NAME:N` is right and kept as it is, whether or not NAME is a known tool. Models also write, mostly after a
-history with foreign ids: a bare counter `N`; `functions_NAME_N`, `functionsNAMEN`, `functions.NAMEN`; ids of other vendors
-(`call_9`, UUIDs). Those are recovered where the tool is certain: NAME is known, or there is only one tool, or the argument
-names fit one tool best. What cannot be resolved is no call.
+A header is what stands between `<|tool_call_begin|>` and `<|tool_call_argument_begin|>`; white space in it means
+nothing. `[functions.]NAME:N` is right and kept as it is, whether or not NAME is a known tool. Models also write,
+mostly after a history with foreign ids: a bare counter `N`; `functions_NAME_N`, `functionsNAMEN`, `functions.NAMEN`;
+ids of other vendors (`call_9`, UUIDs). Those are recovered where the tool is certain: NAME is known, or there is only
+one tool, or the argument names fit one tool best. What cannot be resolved is no call.
 """
 
 from __future__ import annotations

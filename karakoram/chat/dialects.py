@@ -1,12 +1,13 @@
 """The seven ways in which the family talks, as a table of facts, and how to tell which one a checkpoint speaks.
 
-All dialects frame a message as `<|im_ROLE|>NAME<|im_middle|>CONTENT<|im_end|>` without any white space between messages.
-They differ in the tool declaration (JSON or TypeScript), in a default system prompt, in think blocks, and in how an image
-is announced. What a dialect does lives in this table; `template.py` and `parser.py` read it and know no dialect by name.
+All dialects frame a message as `<|im_ROLE|>NAME<|im_middle|>CONTENT<|im_end|>` without any white space between
+messages. They differ in the tool declaration (JSON or TypeScript), in a default system prompt, in think blocks, and
+in how an image is announced. What a dialect does lives in this table; `template.py` and `parser.py` read it and know
+no dialect by name.
 
-Sources: the chat templates of Kimi-K2-Instruct, -0905, -Thinking, K2.5, K2.6, Moonlight and Kimi-VL; sampling from the model
-cards (K2: 0.6; K2-Thinking: 1.0; K2.5 and later: 1.0 thinking, 0.6 instant, top_p 0.95; Kimi-VL: 0.2, Thinking 0.8). Where a
-card names no top_p it is 1. Moonlight's card names no temperature; K2's is used.
+Sources: the chat templates of Kimi-K2-Instruct, -0905, -Thinking, K2.5, K2.6, Moonlight and Kimi-VL; sampling from
+the model cards (K2: 0.6; K2-Thinking: 1.0; K2.5 and later: 1.0 thinking, 0.6 instant, top_p 0.95; Kimi-VL: 0.2,
+Thinking 0.8). Where a card names no top_p it is 1. Moonlight's card names no temperature; K2's is used.
 Changed: Moonlight's and Kimi-VL's templates drop tools and give roles other than system, user and assistant no opening
 token, which would make them part of the message before; here both are rendered as K2 does.
 """
@@ -14,7 +15,7 @@ token, which would make them part of the message before; here both are rendered 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -55,9 +56,8 @@ class Dialect:
     tools_as: Literal["json", "typescript"]
     frame_names: bool
     """A frame carries `message.name` instead of the role where a name is given."""
-    think_open: str | None
-    """The marker that opens reasoning in the model's output, None for models that do not reason."""
-    think_close: str | None
+    think: tuple[str, str]
+    """The markers around reasoning. Models that were not trained to reason sometimes write them all the same."""
     think_in_prompt: bool
     """Assistant messages are rendered with a think block, empty for history."""
     think_prefill: bool
@@ -84,8 +84,7 @@ def _text_dialect(name: str, system: str, temperature: float, frame_names: bool,
         default_system=system,
         tools_as="json",
         frame_names=frame_names,
-        think_open=None,
-        think_close=None,
+        think=("<think>", "</think>"),
         think_in_prompt=False,
         think_prefill=False,
         starts_in_reasoning=False,
@@ -104,8 +103,7 @@ def _multimodal_dialect(name: str, preserves_thinking: bool) -> Dialect:
         default_system=None,
         tools_as="typescript",
         frame_names=True,
-        think_open="<think>",
-        think_close="</think>",
+        think=("<think>", "</think>"),
         think_in_prompt=True,
         think_prefill=True,
         starts_in_reasoning=True,
@@ -119,12 +117,6 @@ def _multimodal_dialect(name: str, preserves_thinking: bool) -> Dialect:
     )
 
 
-def _with(dialect: Dialect, **changes: Any) -> Dialect:
-    from dataclasses import replace
-
-    return replace(dialect, **changes)
-
-
 _K2 = _text_dialect("kimi-k2", KIMI, temperature=0.6, frame_names=True, image_suffix="\n")
 # Kimi-VL's template closes the image tag inside a Jinja expression with trimmed neighbours: no newline follows it.
 _KIMI_VL = _text_dialect("kimi-vl", HELPFUL, temperature=0.2, frame_names=False, image_suffix="")
@@ -133,11 +125,9 @@ DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         _K2,
-        _with(
+        replace(
             _K2,
             name="kimi-k2-thinking",
-            think_open="<think>",
-            think_close="</think>",
             think_in_prompt=True,
             starts_in_reasoning=True,
             temperature=1.0,
@@ -147,7 +137,7 @@ DIALECTS: Mapping[str, Dialect] = {
         _text_dialect("moonlight", HELPFUL, temperature=0.6, frame_names=False, image_suffix=""),
         _KIMI_VL,
         # Its tokenizer has no think tokens: the model writes the markers as text, and the template never renders them.
-        _with(_KIMI_VL, name="kimi-vl-thinking", think_open="◁think▷", think_close="◁/think▷", temperature=0.8),
+        replace(_KIMI_VL, name="kimi-vl-thinking", think=("◁think▷", "◁/think▷"), temperature=0.8),
     )
 }
 
@@ -163,7 +153,8 @@ def get_dialect(name: str) -> Dialect:
 def detect_dialect(path: Path) -> Dialect:
     """The dialect of the checkpoint or tokenizer in directory `path`: our own key, else features of its chat template.
 
-    Our key is `"karakoram": {"dialect": NAME}` in `tokenizer_config.json` or `config.json`. ChatError names `--dialect`.
+    Our key is `"karakoram": {"dialect": NAME}`, in `tokenizer_config.json` or `config.json`. Else ChatError names
+    `--dialect`.
     """
     tokenizer_config = _read_optional(path / CONFIG_FILE)
     for raw in (tokenizer_config, _read_optional(path / "config.json")):

@@ -2,9 +2,9 @@
 
 Encoding is exact and safe at once. Control markers of the prompt are written by id; everything between two markers is
 joined and encoded as ordinary text, so no content, name, tool description, id or argument can become a control token.
-Where no such text spells a special token, the ids equal those of the official encoder on the rendered text, also for giant
-prompts, because text is cut at the same places (`tokenizer.cut_points`). A marker that a tokenizer does not have (think
-tags in K2-0905) is ordinary text there, as it is for the official encoder.
+Where no such text spells a special token, the ids equal those of the official encoder on the rendered text, also for
+giant prompts, because text is cut at the same places (`tokenizer.cut_points`). A marker that a tokenizer does not
+have (think tags in K2-0905) is ordinary text there, as it is for the official encoder.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class ChatFormat:
             records, _ = canonical_ids(records)
         elif tool_ids != "verbatim":
             raise ChatError(f"Unknown tool_ids {tool_ids!r}.", "Use 'verbatim' or 'canonical'.")
-        return build_prompt(
-            self.facts, records, read_tools(tools), thinking, preserve_thinking, add_generation_prompt
-        )
+        return build_prompt(self.facts, records, read_tools(tools), thinking, preserve_thinking, add_generation_prompt)
 
     def render(
         self,
@@ -152,8 +150,8 @@ class ChatFormat:
 def load_chat_format(path: str | Path, dialect: str | None = None) -> ChatFormat:
     """The chat format of the checkpoint or tokenizer in directory `path`.
 
-    Without `dialect` it is the one that the directory declares, else the one its chat template reveals, else a ChatError
-    that names `--dialect`. TokenizerError if the tokenizer cannot be read.
+    Without `dialect` it is the one that the directory declares, else the one its chat template reveals, else a
+    ChatError that names `--dialect`. TokenizerError if the tokenizer cannot be read.
     """
     directory = Path(path)
     tokenizer = Tokenizer.from_dir(directory)

@@ -1,12 +1,14 @@
 """Messages as the API world writes them, checked once and turned into plain records.
 
-Everything above the templates speaks OpenAI's shapes: dicts with `role`, `content` (a string, a list of parts, or null),
-`name`, `reasoning_content`, `tool_calls`, `tool_call_id`; tools as `{"type": "function", "function": {…}}`. This file is the
-door: whatever is accepted here can be rendered by every dialect, and whatever is refused is named by its index.
+Everything above the templates speaks OpenAI's shapes: dicts with `role`, `content` (a string, a list of parts, or
+null), `name`, `reasoning_content`, `tool_calls`, `tool_call_id`; tools as `{"type": "function", "function": {…}}`.
+This file is the door: whatever is accepted here can be rendered by every dialect, and whatever is refused is named by
+its index.
 
-Accepted wherever the official templates accept: any role name, roles in any order, several system messages, null or empty
-content. Refused although they would accept it, because the prompt would silently be wrong: no messages at all, a tool
-result without a call before it, a part that is neither text nor image nor video, a call without name or arguments.
+Accepted wherever the official templates accept: any role name, roles in any order, several system messages, null or
+empty content. Refused although they would accept it, because the prompt would silently be wrong: no messages at all,
+a tool result without a call before it, a part that is neither text nor image nor video, a call without name or
+arguments.
 """
 
 from __future__ import annotations
@@ -138,7 +140,9 @@ def _read_tool_calls(index: int, raw: object) -> tuple[ToolCall, ...]:
 
 def _read_tool_call(index: int, number: int, raw: object) -> ToolCall:
     fix = 'A call is {"id": "functions.NAME:0", "type": "function", "function": {"name": "NAME", "arguments": "{}"}}.'
-    fields = cast("Mapping[str, object]", raw) if isinstance(raw, Mapping) else {}
+    if not isinstance(raw, Mapping):
+        _refuse(index, f"has a tool call {number} of type {_kind(raw)}.", fix)
+    fields = cast("Mapping[str, object]", raw)
     function = fields.get("function")
     if not isinstance(function, Mapping):
         _refuse(index, f"has a tool call {number} without a function.", fix)

@@ -1,20 +1,20 @@
 """A model's output, piece by piece, back to reasoning, content and tool calls.
 
-Two front doors, one machine. `feed` takes token ids: a marker is a marker only as its special id, so a model that writes
-about markers is not misread, and UTF-8 characters split over tokens are held until complete. `feed_text` takes text, where a
-marker is its spelling; an unfinished one is held back. Markers that the tokenizer lacks are matched as text in both. Any
-chunking gives the same message, and the deltas add up to it.
+Two front doors, one machine. `feed` takes token ids: a marker is a marker only as its special id, so a model that
+writes about markers is not misread, and UTF-8 characters split over tokens are held until complete. `feed_text` takes
+text, where a marker is its spelling; an unfinished one is held back. Markers that the tokenizer lacks are matched as
+text in both. Any chunking gives the same message, and the deltas add up to it.
 
     reasoning ──</think>──▶ content          either ──section begin──▶ tools ──call begin──▶ header ──argument begin──▶
     arguments ──call end / section end──▶ tools                        ──call begin──▶ header (of the next call)
 
-The rules, from the behaviour of vLLM, SGLang and Moonshot's reference where they agree, else so that no call is lost and no
-marker leaks:
-1. Reasoning and content are byte-exact. A section or call begin ends reasoning. `<think>` at the start opens reasoning (or is
-   swallowed inside it); any other think, tool or frame marker in reasoning or content is dropped.
+The rules, from the behaviour of vLLM, SGLang and Moonshot's reference where they agree, else so that no call is lost
+and no marker leaks:
+1. Reasoning and content are byte-exact. A section or call begin ends reasoning. `<think>` at the start opens
+   reasoning (or is swallowed inside it); any other think, tool or frame marker in reasoning or content is dropped.
 2. From the first section or call begin on, text outside calls is dropped; further sections and bare calls count.
-3. A call is closed by call end, section begin or end, the next call begin, or the end of the output. A header cut off by the
-   next begin or by the end is no call; a header closed without arguments has `{}`.
+3. A call is closed by call end, section begin or end, the next call begin, or the end of the output. A header cut off
+   by the next begin or by the end is no call; a header closed without arguments has `{}`.
 4. Arguments are raw text without surrounding white space, never validated; empty becomes `{}`.
 5. `[EOS]` and `<|im_end|>` end the output; whatever follows is ignored.
 """
@@ -75,9 +75,7 @@ class OutputParser:
         self._tools = tool_parameters(tools)
         self._tokenizer = tokenizer
         self._first_index = first_index
-        # Models without a think block of their own sometimes write one all the same.
-        self._think_open = dialect.think_open or "<think>"
-        self._think_close = dialect.think_close or "</think>"
+        self._think_open, self._think_close = dialect.think
         self._markers = {*d.FRAME_MARKERS, *d.TOOL_MARKERS, *d.STOP_MARKERS, self._think_open, self._think_close}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._scanner: MarkerScanner | None = None
@@ -87,7 +85,7 @@ class OutputParser:
         self._finished = False
         self._reasoning: list[str] = []
         self._content: list[str] = []
-        self._content_begun = False
+        self._answer_begun = False
         self._header: list[str] = []
         self._call: _Call | None = None
         self._calls: list[_Call] = []
@@ -102,7 +100,8 @@ class OutputParser:
     def feed(self, token_ids: Iterable[int]) -> list[Delta]:
         """Read token ids; the deltas that are certain now. TokenizerError for an id outside the vocabulary."""
         scanner = self._open(reads_ids=True)
-        tokens = [(self._tokenizer.special_name(token_id), self._tokenizer.token_bytes(token_id)) for token_id in token_ids]
+        tokenizer = self._tokenizer
+        tokens = [(tokenizer.special_name(token_id), tokenizer.token_bytes(token_id)) for token_id in token_ids]
         run: list[bytes] = []
         for name, token in tokens:
             if name is not None and name in self._markers:
@@ -174,10 +173,11 @@ class OutputParser:
             return
         if self._state is _State.REASONING:
             self._reasoning.append(text)
+            self._answer_begun = True
             self._emit_text("reasoning_content", text)
         elif self._state is _State.CONTENT:
             self._content.append(text)
-            self._content_begun = self._content_begun or not text.isspace()
+            self._answer_begun = self._answer_begun or not text.isspace()
             self._emit_text("content", text)
         elif self._state is _State.HEADER:
             self._header.append(text)
@@ -200,9 +200,8 @@ class OutputParser:
             self._begin_header()
         elif marker == self._think_close and self._state is _State.REASONING:
             self._state = _State.CONTENT
-        elif marker == self._think_open and self._state is _State.CONTENT:
-            if not self._reasoning and not self._content_begun:
-                self._state = _State.REASONING
+        elif marker == self._think_open and self._state is _State.CONTENT and not self._answer_begun:
+            self._state = _State.REASONING
 
     def _on_marker_in_header(self, marker: str) -> None:
         if marker == d.ARGUMENT_BEGIN:

@@ -1,18 +1,18 @@
 """Messages to prompt: the chat templates of all dialects as one page of Python.
 
-A prompt is a list of segments, each either a control marker or ordinary text. Joined they are the text that the official
-Jinja template prints; encoded one by one (see `format.py`) they are its token ids, except that text which a user wrote can
-never become a control token, whatever it spells.
+A prompt is a list of segments, each either a control marker or ordinary text. Joined they are the text that the
+official Jinja template prints; encoded one by one (see `format.py`) they are its token ids, except that text which a
+user wrote can never become a control token, whatever it spells.
 
-    tool declaration    <|im_system|>tool_declare<|im_middle|>TOOLS<|im_end|>                first, before any system message
-    message             <|im_user|>NAME<|im_middle|>CONTENT<|im_end|>                        NAME: name, else role
-    tool call           <|tool_call_begin|>ID<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>   in one section
+    tool declaration    <|im_system|>tool_declare<|im_middle|>TOOLS<|im_end|>   first, before any system message
+    message             <|im_user|>NAME<|im_middle|>CONTENT<|im_end|>           NAME: name, else role
+    tool call           <|tool_call_begin|>ID<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>
     tool result         ## Return of ID\\nCONTENT
     generation prompt   <|im_assistant|>assistant<|im_middle|>[<think>[</think>]]
 
-Reasoning is kept only inside the current chain of tool calls: messages up to the last assistant message without tool calls
-are history, where the think block is rendered empty; assistant messages after it keep theirs. K2.6's `preserve_thinking`
-keeps all of it. Which dialect does what is `dialects.py`.
+Reasoning is kept only inside the current chain of tool calls: messages up to the last assistant message without tool
+calls are history, where the think block is rendered empty; assistant messages after it keep theirs. K2.6's
+`preserve_thinking` keeps all of it. Which dialect does what is `dialects.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build_prompt(
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
 ) -> Prompt:
-    """The prompt for checked `messages` and `tools`. `thinking` and `preserve_thinking` act where the dialect has them."""
+    """The prompt for checked `messages` and `tools`. Dialects without thinking ignore the switches for it."""
     preserve = preserve_thinking and dialect.preserves_thinking
     shows_reasoning = preserve or thinking or not dialect.think_prefill
     history_end = -1 if preserve else last_plain_answer(messages)
@@ -118,11 +118,11 @@ def reasoning_of(dialect: Dialect, message: Message) -> str | None:
 
 def _write_think(prompt: Prompt, dialect: Dialect, reasoning: str | None) -> None:
     """A whole think block, or, for None, only its opening."""
-    assert dialect.think_open is not None and dialect.think_close is not None
-    prompt.mark(dialect.think_open)
+    opening, closing = dialect.think
+    prompt.mark(opening)
     if reasoning is not None:
         prompt.write(reasoning)
-        prompt.mark(dialect.think_close)
+        prompt.mark(closing)
 
 
 def _write_content(prompt: Prompt, dialect: Dialect, index: int, message: Message) -> None:

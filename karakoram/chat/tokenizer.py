@@ -1,14 +1,16 @@
 """Text to token ids and back, exactly as the Kimi family does it.
 
-A tokenizer is a directory with `tiktoken.model` (lines of `base64(token bytes) SPACE rank`; ranks are the ids of ordinary
-tokens) and `tokenizer_config.json`, whose `added_tokens_decoder` names the special tokens. The special ids follow the
-ranks without a gap up to the highest named id; ids between that nobody named are `<|reserved_token_{id}|>`. K2 has
-163,584 ranks and 256 specials; nano has 4,992 and 128, with the same names at other ids: no id is written in this package.
+A tokenizer is a directory with `tiktoken.model` (lines of `base64(token bytes) SPACE rank`; ranks are the ids of
+ordinary tokens) and `tokenizer_config.json`, whose `added_tokens_decoder` names the special tokens. The special ids
+follow the ranks without a gap up to the highest named id; ids between that nobody named are
+`<|reserved_token_{id}|>`. K2 has 163,584 ranks and 256 specials; nano has 4,992 and 128, with the same names at other
+ids: no id is written in this package.
 
-Encoding is byte-level BPE by rank inside the pieces of a pre-tokenizer pattern. Two details of the official class decide
-giant inputs and are kept: a text is cut every 400,000 characters, and inside such a window every run of white space or of
-non-white-space longer than 25,000 characters is cut every 25,000 (tiktoken's regex engine and its merge loop do not take
-longer ones well). `cut_points` says where, so that the chat format can cut a rendered prompt in the same places.
+Encoding is byte-level BPE by rank inside the pieces of a pre-tokenizer pattern. Two details of the official class
+decide giant inputs and are kept: a text is cut every 400,000 characters, and inside such a window every run of white
+space or of non-white-space longer than 25,000 characters is cut every 25,000 (tiktoken's regex engine and its merge
+loop do not take longer ones well). `cut_points` says where, so that the chat format can cut a rendered prompt in the
+same places.
 
 Changed against the official class: strings that look like special tokens are ordinary text unless the caller asks
 (`allow_special=True`); there they become control ids by default, which lets any user write system messages.
@@ -136,7 +138,7 @@ class Tokenizer:
         name = self._special_names.get(token_id)
         if name is None:
             raise TokenizerError(
-                f"Token id {token_id} is outside the vocabulary of {self.n_vocab} tokens (ids 0 to {self.n_vocab - 1}).",
+                f"Token id {token_id} is outside the vocabulary (ids 0 to {self.n_vocab - 1}).",
                 "Check that the tokenizer belongs to the model that produced the ids.",
             )
         return name.encode("utf-8")
@@ -216,8 +218,8 @@ def read_special_ids(path: Path, n_ranks: int) -> dict[str, int]:
         token_id = int(key)
         if not n_ranks <= token_id < n_ranks + MAX_SPECIAL_TOKENS:
             raise TokenizerError(
-                f"{path}: the special token {name!r} has id {token_id}, but tiktoken.model has {n_ranks} ordinary tokens, "
-                f"so special ids start at {n_ranks}.",
+                f"{path}: the special token {name!r} has id {token_id}, but the {n_ranks} tokens of tiktoken.model "
+                f"leave the ids from {n_ranks} to special ones.",
                 fix,
             )
         names[token_id] = name

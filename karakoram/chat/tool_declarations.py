@@ -1,13 +1,15 @@
 """Tool schemas as the model reads them: TypeScript (K2.5 and later) or compact JSON (before, and as the fallback).
 
-K2.5 was trained on tools written as TypeScript types in a `namespace functions`; K2 and K2-Thinking on the OpenAI objects as
-JSON. In both, every object's keys are sorted first, at all levels, so that the same tools always give the same prompt.
+K2.5 was trained on tools written as TypeScript types in a `namespace functions`; K2 and K2-Thinking on the OpenAI
+objects as JSON. In both, every object's keys are sorted first, at all levels, so that the same tools always give the
+same prompt.
 
-The TypeScript writer covers the part of JSON Schema that tools use. What it cannot say (`oneOf`, old-style `definitions`, an
-enum that does not fit its type, …) makes the whole declaration fall back to JSON, as in the official wrapper, because a
-prompt that mixes both was never seen in training. Oddities are kept where the model saw them: booleans and null in enums and
-defaults appear as Python writes them (`True`, `None`), strings in enums are quoted without escaping, an empty line of a
-description loses its `//`, and a self-reference (`"$ref": "#"`) makes the parameters an interface in alphabetical order.
+The TypeScript writer covers the part of JSON Schema that tools use. What it cannot say (`oneOf`, old-style
+`definitions`, an enum that does not fit its type, …) makes the whole declaration fall back to JSON, as in the
+official wrapper, because a prompt that mixes both was never seen in training. Oddities are kept where the model saw
+them: booleans and null in enums and defaults appear as Python writes them (`True`, `None`), strings in enums are
+quoted without escaping, an empty line of a description loses its `//`, and a self-reference (`"$ref": "#"`) makes the
+parameters an interface in alphabetical order.
 
     type get_weather = (_: {
       // City name                   description
@@ -17,7 +19,8 @@ description loses its `//`, and a self-reference (`"$ref": "#"`) makes the param
       days?: number
     }) => any;
 
-Source: MoonshotAI/Kimi-Vendor-Verifier, `tool_declaration_ts.py` (MIT), read for its behaviour; written anew as one pass.
+Source: MoonshotAI/Kimi-Vendor-Verifier, `tool_declaration_ts.py` (MIT), read for its behaviour; written anew as one
+pass.
 """
 
 from __future__ import annotations
@@ -70,14 +73,14 @@ def deep_sorted(value: Any) -> Any:
     """`value` with the keys of every dict in it in sorted order; lists keep theirs."""
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value)
-        return {key: deep_sorted(items[key]) for key in sorted(items)}
+        return {key: deep_sorted(items[key]) for key in sorted(items, key=str)}
     if isinstance(value, list | tuple):
         return [deep_sorted(item) for item in cast("list[Any]", value)]
     return value
 
 
 def typescript_declaration(tools: Iterable[dict[str, Any]]) -> str:
-    """The TypeScript text of key-sorted `tools`, "" if none of them is a function; Unsupported if one cannot be said."""
+    """The TypeScript text of key-sorted `tools`, "" if none is a function; Unsupported if one cannot be said."""
     functions = [
         _function(cast("dict[str, Any]", tool["function"]))
         for tool in tools
@@ -90,7 +93,7 @@ def typescript_declaration(tools: Iterable[dict[str, Any]]) -> str:
 
 @dataclass
 class _Scope:
-    """What one function's schemas refer to. `definitions` fill up in reading order, as references may only look back."""
+    """What one function's schemas refer to. `definitions` fill up in reading order: references only look back."""
 
     definitions: dict[str, Any] = field(default_factory=dict[str, Any])
     refers_to_itself: bool = False
@@ -204,7 +207,7 @@ def _object(schema: dict[str, Any], indent: str, scope: _Scope) -> _Object:
     except TypeError:
         _unsupported("required that is no list")
     fields = [
-        _field(name, prop, name not in required, indent + INDENT, scope)
+        _field(str(name), prop, name not in required, indent + INDENT, scope)
         for name, prop in cast("dict[str, Any]", properties).items()
     ]
     return _Object(fields, extra)

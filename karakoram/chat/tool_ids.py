@@ -1,11 +1,13 @@
 """Canonical tool-call ids: `functions.NAME:INDEX`, with one counter over the whole conversation, and the way back.
 
-The models were trained on prompts in which the calls of a conversation are numbered 0, 1, 2, … in order. Clients bring ids
-of their own (`call_abc`, UUIDs, `search:0`), and a history with such ids makes the model write malformed ones. So chat,
-session and server render canonical ids and keep this map, which leads from each canonical id back to the client's.
+The models were trained on prompts in which the calls of a conversation are numbered 0, 1, 2, … in order. Clients
+bring ids of their own (`call_abc`, UUIDs, `search:0`), and a history with such ids makes the model write malformed
+ones. So chat, session and server render canonical ids and keep this map, which leads from each canonical id back to
+the client's.
 
-The same client id may come twice (some clients number per message): a result then belongs to the latest call with that id.
-A result whose id fits no call, or that has none, belongs to the first call of the latest calling message still without one.
+The same client id may come twice (some clients number per message): a result then belongs to the latest call with
+that id. A result whose id fits no call, or that has none, belongs to the first call of the latest calling message
+still without one.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def canonical_ids(messages: Sequence[Message]) -> tuple[list[Message], ToolIds]:
             canonical = to_canonical.get(message.tool_call_id or "") or (waiting[0] if waiting else None)
             if canonical is None:
                 raise ChatError(
-                    f"Message {index} is the result of {message.tool_call_id!r}, which no open tool call has as its id.",
+                    f"Message {index} is a result for {message.tool_call_id!r}, which is no open tool call.",
                     "Give each result the tool_call_id of its call.",
                 )
             if canonical in waiting:
