@@ -1,0 +1,260 @@
+"""Byte-pair encoding for a small vocabulary whose words must be easy to copy.
+
+A model of three million parameters calls a tool by copying its name from the declaration (` NAME`, after a space) into the call
+(`.NAME`, after a dot). If the space were part of the token, as usual, the two spellings would share no token and every
+name would have to be learned. So merges happen in this order (the order is the rank, and rank decides at encoding time):
+
+1. letters, inside words of all kinds, into tokens of at most 4 letters: names, known or not, become short common tokens;
+2. longer letter merges, for the words of prose only (words that many documents repeat);
+3. more merges of the first kind, as many as the vocabulary has room for;
+4. punctuation such as `":` and `{"`, without arithmetic signs, and never with a letter;
+5. a space before a whole word of prose, the most frequent ones; never before a word that may be a name.
+
+Digits never merge. The file is an ordinary `tiktoken.model`: the first 256 ranks are the single bytes in GPT-2's order.
+Layout and special tokens follow K2's tokenizer; training is plain pair counting with incremental updates over unique words.
+"""
+
+import base64
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from karakoram.chat import ChatFormat, Tokenizer
+from karakoram.chat.tokenizer import CONFIG_FILE, MODEL_FILE, PATTERN
+from karakoram.errors import TrainingError
+from karakoram.tools.units import TEMPERATURES, UNITS
+from karakoram.train.data import dialogs
+from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, VERBS
+
+N_RANKS = 4992
+N_SPECIALS = 128
+DIALECT = "kimi-k2.5"
+SPECIALS: dict[int, str] = {  # offset from the first special id, as in K2
+    0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 9: "[EOT]", 10: "<|im_system|>", 11: "<|tool_calls_section_begin|>",
+    12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
+    15: "<|tool_call_end|>", 17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>", 20: "<|media_end|>",
+    21: "<|media_pad|>", 22: "<think>", 23: "</think>",
+}  # fmt: skip
+_NOT_STRIPPED = range(11, 16), range(22, 24)  # tool and think markers are `special: false` in K2
+
+SHORT_LETTERS = 4
+FIRST_SHORT_MERGES = 1800
+MAX_PROSE_MERGES = 1100
+MAX_PUNCTUATION_MERGES = 64
+MAX_SPACED_WORDS = 900
+MIN_PAIR_COUNT = 25  # a token seen less often in a 5 MB sample would be badly trained, and then badly copied
+PROSE_SHARE = 1 / 20_000  # of all words: a word this frequent is prose, not a name made of syllables
+MAX_TEXT_BYTES = 64_000_000
+_ARITHMETIC = frozenset("+-*/()^%=<>0123456789")
+
+Pair = tuple[bytes, bytes]
+
+
+def byte_order() -> list[int]:
+    """The 256 bytes in the order of GPT-2's table: printable ones first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return printable + [byte for byte in range(256) if byte not in set(printable)]
+
+
+class _Words:
+    """Unique words as token lists with counts, and the counts of adjacent pairs, kept up to date under merges."""
+
+    def __init__(self, counts: Iterable[tuple[bytes, int]], merges: Iterable[Pair] = ()) -> None:
+        self.tokens: list[list[bytes]] = []
+        self.counts: list[int] = []
+        self.pairs: Counter[Pair] = Counter()
+        self.where: defaultdict[Pair, set[int]] = defaultdict(set)
+        for word, count in counts:
+            tokens = [word[index : index + 1] for index in range(len(word))]
+            index = len(self.tokens)
+            self.tokens.append(tokens)
+            self.counts.append(count)
+            for pair in zip(tokens, tokens[1:], strict=False):
+                self.pairs[pair] += count
+                self.where[pair].add(index)
+        for pair in merges:
+            self.merge(pair)
+
+    def merge(self, pair: Pair) -> None:
+        """Replaces the pair by one token in all words that hold it."""
+        left, right = pair
+        for index in self.where.pop(pair, ()):
+            tokens, count = self.tokens[index], self.counts[index]
+            merged: list[bytes] = []
+            position = 0
+            while position < len(tokens):
+                if position + 1 < len(tokens) and tokens[position] == left and tokens[position + 1] == right:
+                    merged.append(left + right)
+                    position += 2
+                else:
+                    merged.append(tokens[position])
+                    position += 1
+            for old in zip(tokens, tokens[1:], strict=False):
+                self.pairs[old] -= count
+            for new in zip(merged, merged[1:], strict=False):
+                self.pairs[new] += count
+                self.where[new].add(index)
+            self.tokens[index] = merged
+        del self.pairs[pair]
+
+    def learn(self, wanted: int, allowed: Callable[[Pair], bool], least: int) -> Iterator[Pair]:
+        """The most frequent allowed pair, merged, again and again; ties go to the smaller bytes. Stops below `least`."""
+        banned: set[Pair] = set()
+        for _ in range(wanted):
+            best: Pair | None = None
+            best_count = least - 1
+            for pair, count in self.pairs.items():
+                if count > best_count or (count == best_count and best is not None and pair < best):
+                    if pair in banned:
+                        continue
+                    if allowed(pair):
+                        best, best_count = pair, count
+                    else:
+                        banned.add(pair)
+            if best is None:
+                return
+            yield best
+            self.merge(best)
+
+
+def _count(texts: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Runs of letters, the same where a space precedes them, and pieces of punctuation or white space."""
+    pattern, letters = regex.compile(PATTERN, regex.VERSION1), regex.compile(r"\p{L}[\p{L}\p{M}]*")
+    pieces: Counter[str] = Counter()
+    size = 0
+    for text in texts:
+        size += len(text)
+        if size > MAX_TEXT_BYTES:
+            break
+        pieces.update(pattern.findall(text))
+    words: Counter[str] = Counter()
+    spaced: Counter[str] = Counter()
+    signs: Counter[str] = Counter()
+    for piece, count in pieces.items():
+        runs = letters.findall(piece)
+        for run in runs:
+            words[run] += count
+        if runs and piece == " " + runs[0]:
+            spaced[runs[0]] += count
+        elif not runs and 1 < len(piece) <= 8 and not _ARITHMETIC & set(piece):
+            signs[piece] += count
+    return words, spaced, signs
+
+
+def learn_ranks(texts: Iterable[str], apart: Collection[str], n_ranks: int = N_RANKS) -> dict[bytes, int]:
+    """Token bytes -> rank. `apart` are words (lower case) that never take the space before them into their token.
+
+    Raises TrainingError when the texts do not hold enough to fill the vocabulary.
+    """
+    words, spaced, signs = _count(texts)
+    total = sum(words.values())
+    prose = {word: n for word, n in words.items() if n >= max(2, total * PROSE_SHARE)}
+    names = {word for word in prose if word.lower() in apart}
+    short = lambda pair: len(pair[0]) + len(pair[1]) <= SHORT_LETTERS  # noqa: E731
+    anything = lambda pair: True  # noqa: E731
+
+    everything = _Words((word.encode(), count) for word, count in words.items())
+    merges = list(everything.learn(FIRST_SHORT_MERGES, short, MIN_PAIR_COUNT))
+    longer = _Words(((word.encode(), count) for word, count in prose.items() if word not in names), merges)
+    extra = list(longer.learn(MAX_PROSE_MERGES, anything, 2))
+    for pair in extra:
+        everything.merge(pair)
+    whole = {word for word, tokens in zip((w for w in prose if w not in names), longer.tokens, strict=True) if len(tokens) == 1}
+    whole |= {word for word in prose if len(word) == 1}
+    frequent = sorted((word for word in whole if word.lower() not in apart), key=lambda word: (-spaced[word], word))
+    frequent = [word for word in frequent if spaced[word] >= MIN_PAIR_COUNT][:MAX_SPACED_WORDS]
+    punctuation = list(_Words((sign.encode(), count) for sign, count in signs.items()).learn(MAX_PUNCTUATION_MERGES, anything, MIN_PAIR_COUNT))
+    room = n_ranks - 256 - len(merges) - len(extra) - len(punctuation) - len(frequent)
+    more = list(everything.learn(room, short, 2)) if room > 0 else []
+    tokens = [bytes([byte]) for byte in byte_order()]
+    tokens += [left + right for left, right in merges + extra + more + punctuation]
+    tokens += [b" " + word.encode() for word in frequent]
+    tokens = list(dict.fromkeys(tokens))
+    if len(tokens) < n_ranks:
+        raise TrainingError(f"The texts give only {len(tokens)} of {n_ranks} tokens.", "Give more text to the tokenizer.")
+    return {token: rank for rank, token in enumerate(tokens[:n_ranks])}
+
+
+def write_tokenizer(out_dir: Path, ranks: dict[bytes, int], max_tokens: int = 2048) -> None:
+    """`tiktoken.model` and `tokenizer_config.json`, each written whole or not at all."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
+    _replace(out_dir / MODEL_FILE, b"".join(lines))
+    text = json.dumps(tokenizer_config(len(ranks), max_tokens), indent=2, ensure_ascii=False)
+    _replace(out_dir / CONFIG_FILE, text.encode() + b"\n")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def tokenizer_config(first_special: int, max_tokens: int) -> dict[str, Any]:
+    """K2's named special tokens at the same offsets, [UNK] and [PAD] last."""
+    names = SPECIALS | {N_SPECIALS - 2: "[UNK]", N_SPECIALS - 1: "[PAD]"}
+    added = {
+        str(first_special + offset): {
+            "content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": not any(offset in span for span in _NOT_STRIPPED),
+        }
+        for offset, name in sorted(names.items())
+    }  # fmt: skip
+    return {
+        "added_tokens_decoder": added,
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_tokens,
+        "tokenizer_class": "TikTokenTokenizer",
+        "karakoram": {"dialect": DIALECT},
+    }
+
+
+def special_ids(first_special: int = N_RANKS) -> dict[str, int]:
+    """All special names, unnamed ones as `<|reserved_token_N|>`."""
+    names = SPECIALS | {N_SPECIALS - 2: "[UNK]", N_SPECIALS - 1: "[PAD]"}
+    return {
+        names.get(offset, f"<|reserved_token_{first_special + offset}|>"): first_special + offset for offset in range(N_SPECIALS)
+    }
+
+
+def generated_texts(documents: int, seed: int = 0) -> Iterator[str]:
+    """Rendered training dialogs (never evaluation ones); about 1,100 characters each."""
+    bytes_only = {bytes([byte]): rank for rank, byte in enumerate(byte_order())}
+    fmt = ChatFormat(DIALECT, Tokenizer(bytes_only, special_ids(256)))
+    specials = regex.compile(r"<\|[a-z_]+\|>|</?think>")
+    for index in range(documents):
+        document = dialogs.generate(seed, index)
+        rendered = fmt.render(document.messages, document.tools, thinking=document.thinking, add_generation_prompt=False)
+        yield specials.sub("\n", rendered)
+        for message in document.messages:  # history drops thoughts from the rendered text, the model still writes them
+            if message.get("reasoning_content"):
+                yield message["reasoning_content"]
+
+
+def words_apart() -> frozenset[str]:
+    """Words that appear as names or values and are copied: pools of both splits, units."""
+    units = {name for kind in UNITS.values() for unit, (_, others) in kind.items() for name in (unit, *others)}
+    degrees = {name for scale, others in TEMPERATURES.items() for name in (scale, *others)}
+    pools = (*VERBS, *NOUNS, *ADJECTIVES, *PEOPLE)
+    return frozenset(word.lower() for word in (*pools, *units, *degrees))
+
+
+def train_tokenizer(out_dir: Path, documents: int = 5_000, seed: int = 0, extra_texts: Iterable[str] = ()) -> Tokenizer:
+    """Learns the merges from generated dialogs (and `extra_texts`), writes the two files, returns the tokenizer."""
+
+    def texts() -> Iterator[str]:
+        yield from generated_texts(documents, seed)
+        yield from extra_texts
+
+    write_tokenizer(out_dir, learn_ranks(texts(), words_apart()))
+    return Tokenizer.from_dir(out_dir)
