@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
 from karakoram.model.cache import Cache
+from karakoram.model.causal import causal_attention
 from karakoram.model.layers import RMSNorm, linear
 from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch
@@ -116,6 +117,8 @@ class LatentAttention(nn.Module):
 
 def scaled_attention(q_BHTx: Tensor, k_BHSx: Tensor, v_BHSV: Tensor, visible_BTS: Tensor | None, scale: float) -> Tensor:
     """softmax(q·k·scale) · v -> [B, H, T, V]; values narrower than keys are padded, which torch's fused kernel asks for."""
+    if visible_BTS is None and q_BHTx.device.type == "cpu" and torch.is_grad_enabled() and q_BHTx.requires_grad:
+        return causal_attention(q_BHTx, k_BHSx, v_BHSV, scale)
     width = v_BHSV.shape[-1]
     if width < q_BHTx.shape[-1]:
         v_BHSV = F.pad(v_BHSV, (0, q_BHTx.shape[-1] - width))

@@ -5,7 +5,7 @@ three stacks and serves both running and training: tokens are sorted by expert, 
 results go back to their places. A token's K partial results are summed in the order of its slots, in float32, so that the
 sum does not depend on the order in which experts were run.
 
-Legend: N tokens, D hidden, I expert width, E experts, K experts per token, M = N·K rows.
+Legend: N tokens, D hidden, I expert width, E experts, K experts per token, M rows sorted by expert.
 """
 
 from typing import Protocol
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
-from karakoram.model.grouped import grouped_linear
+from karakoram.model.grouped import assign, gather, grouped_linear, spread
 from karakoram.model.layers import SwiGLU
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
@@ -41,17 +41,16 @@ class LocalExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `ExpertBank.__call__`."""
-        N, K = ids_NK.shape
-        order_M = ids_NK.flatten().argsort(stable=True)
-        rows_per_expert = torch.bincount(ids_NK.flatten(), minlength=self.gate_proj.shape[0]).tolist()
-        x_MD = x_ND[order_M // K]
-        gate_MI = grouped_linear(x_MD, self.gate_proj, rows_per_expert)
-        inner_MI = F.silu(gate_MI) * grouped_linear(x_MD, self.up_proj, rows_per_expert)
-        sorted_MD = grouped_linear(inner_MI, self.down_proj, rows_per_expert)
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(N * K, device=order_M.device)
-        partial_NKD = sorted_MD[place_M].unflatten(0, (N, K))
-        return (partial_NKD.float() * weights_NK[..., None]).sum(1).to(x_ND.dtype)
+        to = assign(ids_NK, self.gate_proj.shape[0])
+        x_MD = spread(x_ND, to)
+        gate_MI = grouped_linear(x_MD, self.gate_proj, to.rows_per_expert)
+        inner_MI = F.silu(gate_MI) * grouped_linear(x_MD, self.up_proj, to.rows_per_expert)
+        partial_NKD = gather(grouped_linear(inner_MI, self.down_proj, to.rows_per_expert), to)
+        return self.combine(partial_NKD, weights_NK)
+
+    def combine(self, partial_NKD: Tensor, weights_NK: Tensor) -> Tensor:
+        """Weighted sum over the slots k = 0…K-1, in float32, returned in the partials' dtype: [N, D]."""
+        return (partial_NKD.float() * weights_NK[..., None]).sum(1).to(partial_NKD.dtype)
 
 
 class MixtureOfExperts(nn.Module):

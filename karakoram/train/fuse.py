@@ -1,0 +1,47 @@
+"""Compile the small pieces between the matrix products, where a compiler and Python's headers are at hand.
+
+On a CPU the products of a small model run on AMX in about the time that the norms, rotations and sums around them take
+in eager mode, each of which walks through memory five to ten times. torch.compile turns every one into a single pass (RMSNorm
+of [8192, 256] forward and backward: 17 ms -> 3 ms on two cores). Only these pieces are compiled, with dynamic shapes: seconds, not the minutes
+that a whole model takes, and every shape of batch shares the code.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from karakoram.model.attention import LatentAttention
+from karakoram.model.layers import RMSNorm
+from karakoram.model.moe import LocalExperts
+from karakoram.model.router import Router
+from karakoram.model.transformer import Transformer
+from karakoram.train.loss import SliceLoss, loss_and_gradient
+
+
+def fuse(model: Transformer) -> SliceLoss:
+    """Replace the small pieces by compiled ones, in place, and return the loss to train with: compiled too.
+
+    Where compiling cannot work, nothing is replaced and the plain loss is returned.
+    """
+    if not _compiler_works():
+        return loss_and_gradient
+    for module in model.modules():
+        if isinstance(module, RMSNorm | Router):
+            module.compile(dynamic=True)
+        elif isinstance(module, LatentAttention):
+            module.project = _compiled(module.project)
+        elif isinstance(module, LocalExperts):
+            module.combine = _compiled(module.combine)
+    return _compiled(loss_and_gradient)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _compiler_works() -> bool:
+    try:
+        return bool(torch.compile(lambda x: x.float() * 2 + 1, dynamic=True)(torch.ones(4, dtype=torch.bfloat16)).sum() == 12)
+    except Exception:  # any failure of the toolchain (no compiler, no headers, read-only cache) means: run uncompiled
+        return False

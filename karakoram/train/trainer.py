@@ -1,0 +1,192 @@
+"""The training loop: batch, loss, gradients, MuonClip, balance, publish; small enough to read in one go.
+
+Masters in float32 are what is trained; the model holds what they are published as (bfloat16, and int4 points for the routed
+experts towards the end). A run is its configuration, its batches and its out directory: stop it with Ctrl-C, and `resume`
+goes on with the next batch as if nothing had been.
+"""
+
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from karakoram.errors import TrainingError
+from karakoram.model.initialize import initialize
+from karakoram.model.transformer import Transformer
+from karakoram.model.watch import Watch
+from karakoram.train import resume as saved
+from karakoram.train.adamw import AdamW
+from karakoram.train.balance import balance
+from karakoram.train.config import TrainConfig
+from karakoram.train.data.batches import Batch
+from karakoram.train.fuse import fuse
+from karakoram.train.loss import head_loss
+from karakoram.train.masters import Masters
+from karakoram.train.metrics import Metrics
+from karakoram.train.muon import Muon
+from karakoram.train.qk_clip import qk_clip
+from karakoram.train.schedule import rate_share
+
+
+class BatchSource(Protocol):
+    """Batches by number, the same for the same number."""
+
+    def __getitem__(self, number: int) -> Batch: ...
+
+
+class Trainer:
+    """Everything of a run in memory. `files` (tokenizer and the like) are written into every checkpoint."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: BatchSource,
+        out: Path,
+        files: Mapping[str, bytes],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.config, self.batches, self.out, self.files = config, batches, out, files
+        self.model = initialize(Transformer(config.model, dtype=dtype), config.seed)
+        self.masters = Masters(self.model)
+        matrices = {n: w for n, w in self.masters.weights.items() if _is_matrix(n, w)}
+        others = {n: w for n, w in self.masters.weights.items() if n not in matrices}
+        self.muon = Muon(matrices, config.weight_decay)
+        self.adamw = AdamW(others, config.weight_decay)
+        self.biases: dict[int, Tensor] = {
+            i: layer.mlp.gate.e_score_correction_bias  # pyright: ignore[reportAttributeAccessIssue]
+            for i, layer in enumerate(self.model.model.layers)
+            if i >= config.model.first_k_dense_replace
+        }
+        self.watch = Watch(config.qk_clip_threshold)
+        self.step, self.elapsed_s = 0, 0.0
+
+    def run(self, quiet: bool = False) -> Path:
+        """Train to the end; returns the finished model's directory. Ctrl-C saves and raises TrainingError."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.slice_loss = fuse(self.model)
+        stop = _StopOnInterrupt()
+        last_saved_s = self.elapsed_s
+        with Metrics(self.out / "metrics.jsonl", self.elapsed_s, quiet) as metrics, stop:
+            while self.progress < 1:
+                line = self.train_step(self.batches[self.step])
+                self.elapsed_s = metrics.elapsed_s
+                metrics.step(self.progress, line)
+                if stop.asked or self.elapsed_s - last_saved_s > 60 * self.config.checkpoint_minutes:
+                    self.save()
+                    last_saved_s = self.elapsed_s
+                if stop.asked:
+                    break
+        if self.progress < 1:
+            raise TrainingError(f"Training was stopped at step {self.step}; everything is saved in {self.out}.", _RESUME)
+        self.save()
+        return self.finish()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by time, whichever is further."""
+        by_time = self.elapsed_s / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(self.step / self.config.steps, by_time))
+
+    def train_step(self, batch: Batch) -> dict[str, float | int]:
+        """One optimizer step on one batch; returns the step's line of metrics."""
+        began, c = time.monotonic(), self.config
+        self.masters.int4_experts = c.int4_from <= self.progress
+        self.watch.reset()
+        loss = self.backward(batch)
+        gradients = self.masters.gradients()
+        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
+        if not (norm < float("inf")):
+            raise TrainingError(f"The gradient became {norm} at step {self.step}.", "Resume with a lower learning rate.")
+        share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
+        scale = min(1.0, c.clip_norm / (norm + 1e-6))
+        self.muon.step(gradients, c.learning_rate * share, scale)
+        self.adamw.step(gradients, c.adamw_learning_rate * share, scale)
+        clipped = qk_clip(self.masters.weights, self.watch.max_logits, c.model, c.qk_clip_threshold)
+        violation = balance(self.biases, self.watch.loads, c.balance_rate * min(1.0, share * 2))
+        self.masters.publish()
+        self.step += 1
+        tokens, seconds = batch.token_ids.numel(), time.monotonic() - began
+        return {
+            "step": self.step, "loss": loss, "rate_share": share, "gradient_norm": norm, "tokens": tokens,
+            "tokens_per_s": tokens / seconds, "max_vio": violation, "clipped_heads": clipped,
+            "max_logit": float(max((m.max() for m in self.watch.max_logits.values()), default=0.0)),
+            "elapsed_s": self.elapsed_s + seconds,
+        }  # fmt: skip
+
+    def backward(self, batch: Batch) -> float:
+        """Mean weighted loss of a batch; gradients are left in the model."""
+        self.model.zero_grad(set_to_none=True)
+        x_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
+        head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
+        weights_N = batch.weights.flatten() / batch.weights.sum()
+        loss = head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
+        loss.backward()
+        return float(loss)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, and forget all but the newest two."""
+        path = self.out / f"step-{self.step}"
+        state = {f"masters/{n}": t for n, t in self.masters.weights.items()}
+        state |= {f"muon/{n}": t for n, t in self.muon.state().items()}
+        state |= {f"adamw/{n}": t for n, t in self.adamw.state().items()}
+        state |= {f"bias/{n}": t for n, t in self.biases.items()}
+        counters = {"step": self.step, "elapsed_s": self.elapsed_s, "seed": self.config.seed}
+        saved.save_state(path.with_name(f"{path.name}.state"), state, counters)
+        saved.save_model(self.model, self.config.model, path, self.files, int4=False)
+        saved.forget_old(self.out)
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint in the out directory. Raises TrainingError where there is none."""
+        path = saved.newest(self.out)
+        if path is None:
+            raise TrainingError(f"There is no checkpoint to resume in {self.out}.", "Leave out --resume to begin anew.")
+        state, counters = saved.load_state(path.with_name(f"{path.name}.state"))
+        part = {kind: {} for kind in ("masters", "muon", "adamw", "bias")}
+        for name, tensor in state.items():
+            kind, _, rest = name.partition("/")
+            part[kind][rest] = tensor
+        for name, weight in self.masters.weights.items():
+            weight.copy_(part["masters"][name])
+        for layer, bias in self.biases.items():
+            bias.copy_(part["bias"][str(layer)])
+        self.muon.load(part["muon"])
+        self.adamw.load(part["adamw"])
+        self.step, self.elapsed_s = counters["step"], counters["elapsed_s"]
+        self.masters.int4_experts = self.config.int4_from <= self.progress
+        self.masters.publish()
+
+    def finish(self) -> Path:
+        """Write the finished model to OUT/model: routed experts int4 if they were trained so."""
+        path = self.out / "model"
+        self.masters.int4_experts = self.config.int4_from < 1
+        self.masters.publish()
+        saved.save_model(self.model, self.config.model, path, self.files, int4=self.masters.int4_experts)
+        return path
+
+
+_RESUME = "Go on with the same command and --resume."
+
+
+class _StopOnInterrupt:
+    """While active, Ctrl-C asks to stop after the step (a half-made step would spoil the masters); a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _is_matrix(name: str, weight: Tensor) -> bool:
+    return weight.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
