@@ -1,4 +1,4 @@
-"""The scripts of the README where they can be tested without installing anything: refusals, and the quick second run."""
+"""The README's scripts, where that takes no installation: what they refuse, and the quick second run."""
 
 import os
 import shutil
