@@ -1,4 +1,4 @@
-"""`k2 doctor`: what this machine has, what is missing, and how to get it.
+"""`k2 doctor`: what this machine has, what is missing, how to get it.
 
 Each check gives one line: a mark, a name, what was found, and, where something is wanting, what to do. Nothing is
 changed and nothing is downloaded. Only a torch that cannot be imported makes the exit code 1: all else is optional.
@@ -33,7 +33,7 @@ class Check:
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of lines.")] = False,
 ) -> None:
-    """Show what this machine has, what is missing, and how to get it.
+    """What this machine has, what is missing, how to get it.
 
     \b
     Example:

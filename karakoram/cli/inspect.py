@@ -7,6 +7,7 @@ small download, its config.json: weights are fetched by the commands that need t
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,9 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
-    """Show sizes and costs of a checkpoint or preset, and what is missing from it.
+    """Sizes and costs of a checkpoint or preset.
 
-    Reads headers only. Exit code 2 if tensors are missing, unexpected or of the wrong shape or dtype.
+    Reads headers only. Exit code 2 if tensors are missing, unexpected, or of the wrong shape or dtype.
 
     \b
     Examples:
@@ -99,31 +100,34 @@ def _find_directory(name: str, directory: Path, allow_keys: list[str]) -> _Found
         checkpoint = open_checkpoint(directory, allow_config_keys=allow_keys)
     except CheckpointError as error:
         return _Found(name, config, problem=error)
+    notes = tuple(note for note in checkpoint.notes if "vision" not in note)  # those have a line of their own
     try:
         checkpoint.check()
     except CheckpointError as error:
-        return _Found(name, config, checkpoint, checkpoint.notes, error)
-    return _Found(name, config, checkpoint, checkpoint.notes)
+        return _Found(name, config, checkpoint, notes, error)
+    return _Found(name, config, checkpoint, notes)
 
 
 def _find_on_hub(hub_id: str, allow_keys: list[str]) -> _Found:
-    from karakoram.checkpoint.hf import HUB_ID
+    from karakoram.checkpoint.hf import HUB_ID, hub_errors
+    from karakoram.env import hub_cache_dir
 
     if not HUB_ID.fullmatch(hub_id):
         raise InputError(
             f"{hub_id!r} is neither a directory nor a preset.",
             f"Name a checkpoint directory, a Hugging Face id owner/name, or one of {', '.join(PRESETS)}.",
         )
-    import httpx
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    weights = [try_to_load_from_cache(hub_id, name) for name in ("model.safetensors.index.json", "model.safetensors")]
-    cached = [file for file in weights if isinstance(file, str)]
-    if cached:
-        return _find_directory(hub_id, Path(cached[0]).parent, allow_keys)
+    cache = hub_cache_dir()
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = try_to_load_from_cache(hub_id, name, cache_dir=cache)
+        if isinstance(file, str):
+            return _find_directory(hub_id, Path(file).parent, allow_keys)
     try:
-        file = hf_hub_download(hub_id, "config.json")
-    except (OSError, ValueError, httpx.HTTPError) as error:  # huggingface_hub's errors are OSError or ValueError
+        endpoint = os.environ.get("HF_ENDPOINT") or None
+        file = hf_hub_download(hub_id, "config.json", cache_dir=cache, endpoint=endpoint)
+    except hub_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{hub_id} is not in the cache and its config.json could not be fetched: {reason}.",

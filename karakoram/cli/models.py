@@ -42,7 +42,7 @@ def list_command(
     show_all: Annotated[bool, typer.Option("--all", help="Also cached models of other families.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
 ) -> None:
-    """List cached checkpoints, or remove one.
+    """List cached checkpoints and remove them.
 
     \b
     Examples:

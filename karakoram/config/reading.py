@@ -214,7 +214,8 @@ def _tied(text: Mapping[str, Any], outer: Mapping[str, Any] | None, notes: list[
 
 
 def _mtp_layers(text: Mapping[str, Any], notes: list[str]) -> int:
-    count = max(_int(text, key, 0) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
+    counts = [_int(text, key, 0) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    count = max(counts) if min(counts) >= 0 else min(counts)  # a negative one is refused with the other bounds
     if count:
         notes.append(
             f"config declares {count} multi-token-prediction layer(s), which are not run: the logits need none"

@@ -64,20 +64,21 @@ def _number(raw: Mapping[str, Any], key: str, where: str) -> float | None:
     value = raw.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or abs(value) > 1e30 or not math.isfinite(value):  # a long JSON integer would overflow float()
         raise ConfigError(f"config key {where}{key} is {value!r}.", "It must be a finite number.")
     return float(value)
 
 
 def _kind(block: Mapping[str, Any], where: str) -> str:
-    kinds = {block[key] if block[key] is not None else "default" for key in ("type", "rope_type") if key in block}
-    if len(kinds) > 1:
+    kinds: list[object] = [block[key] or "default" for key in ("type", "rope_type") if key in block]
+    if any(kind != kinds[0] for kind in kinds):
         raise ConfigError(
             f"config keys {where}type {block['type']!r} and {where}rope_type {block['rope_type']!r} disagree.",
             "Keep the one the model was trained with.",
         )
-    kind = kinds.pop() if kinds else "default"
-    if kind not in ("yarn", "default"):
+    kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str) or kind not in ("yarn", "default"):
         raise ConfigError(
             f"config key {where}rope_type is {kind!r}.", "Only 'yarn' and 'default' (no scaling) are implemented."
         )
