@@ -7,7 +7,7 @@ name would have to be learned. So merges happen in this order (the order is the 
 1. letters, inside words of all kinds, into tokens of at most 4 letters: names, known or not, become short common tokens;
 2. longer letter merges, for the words of prose only (words that many documents repeat);
 3. more merges of the first kind, as many as the vocabulary has room for;
-4. punctuation such as `":` and `{"`, without arithmetic signs, and never with a letter;
+4. punctuation such as `":` and `{"`, but not arithmetic, and never with a letter;
 5. a space before a whole word of prose, the most frequent ones; never before a word that may be a name.
 
 Digits never merge. The file is an ordinary `tiktoken.model`: the first 256 ranks are the single bytes in GPT-2's order.
@@ -29,7 +29,7 @@ from karakoram.chat.tokenizer import CONFIG_FILE, MODEL_FILE, PATTERN
 from karakoram.errors import TrainingError
 from karakoram.tools.units import TEMPERATURES, UNITS
 from karakoram.train.data import dialogs
-from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, VERBS
+from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, PROSE, VERBS
 
 N_RANKS = 4992
 N_SPECIALS = 128
@@ -48,10 +48,15 @@ FIRST_SHORT_MERGES = 1800
 MAX_PROSE_MERGES = 1100
 MAX_PUNCTUATION_MERGES = 64
 MAX_SPACED_WORDS = 900
-MIN_PAIR_COUNT = 25  # a token seen less often in a 5 MB sample would be badly trained, and then badly copied
+MIN_PAIR_COUNT = 20  # a token seen less often in a 5 MB sample would be badly trained, and then badly copied
 PROSE_SHARE = 1 / 20_000  # of all words: a word this frequent is prose, not a name made of syllables
 MAX_TEXT_BYTES = 64_000_000
-_ARITHMETIC = frozenset("+-*/()^%=<>0123456789")
+_ARITHMETIC = frozenset("+-*/()^ ")  # pieces of these alone stay apart, except the `//` before a description
+_COMMENTS = ("//", " //")
+# Tokens for the rest of the vocabulary, which dialogs do not use: one per letter of other alphabets, and runs of signs.
+_LETTERS = [chr(code) for code in (*range(0xC0, 0x250), *range(0x391, 0x3CA), *range(0x410, 0x450), 0x401, 0x451)] + list("°€£×÷–—’‘“”…·•©®²³½")
+_RUNS = " \n\t=#_.~"
+MAX_RUN = 256  # as long as the longest tokens of K2
 
 Pair = tuple[bytes, bytes]
 
@@ -142,7 +147,7 @@ def _count(texts: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[st
             words[run] += count
         if runs and piece == " " + runs[0]:
             spaced[runs[0]] += count
-        elif not runs and 1 < len(piece) <= 8 and not _ARITHMETIC & set(piece):
+        elif not runs and 1 < len(piece) <= 8 and not any(c.isnumeric() for c in piece) and (not _ARITHMETIC.issuperset(piece) or piece in _COMMENTS):
             signs[piece] += count
     return words, spaced, signs
 
@@ -171,14 +176,21 @@ def learn_ranks(texts: Iterable[str], apart: Collection[str], n_ranks: int = N_R
     frequent = [word for word in frequent if spaced[word] >= MIN_PAIR_COUNT][:MAX_SPACED_WORDS]
     punctuation = list(_Words((sign.encode(), count) for sign, count in signs.items()).learn(MAX_PUNCTUATION_MERGES, anything, MIN_PAIR_COUNT))
     room = n_ranks - 256 - len(merges) - len(extra) - len(punctuation) - len(frequent)
-    more = list(everything.learn(room, short, 2)) if room > 0 else []
+    more = list(everything.learn(room, short, MIN_PAIR_COUNT)) if room > 0 else []
     tokens = [bytes([byte]) for byte in byte_order()]
     tokens += [left + right for left, right in merges + extra + more + punctuation]
     tokens += [b" " + word.encode() for word in frequent]
-    tokens = list(dict.fromkeys(tokens))
+    tokens = list(dict.fromkeys(tokens + _fillers()))
     if len(tokens) < n_ranks:
         raise TrainingError(f"The texts give only {len(tokens)} of {n_ranks} tokens.", "Give more text to the tokenizer.")
     return {token: rank for rank, token in enumerate(tokens[:n_ranks])}
+
+
+def _fillers() -> list[bytes]:
+    """Tokens in an order in which each is a merge of two earlier ones."""
+    letters = [letter.encode() for letter in _LETTERS]
+    tokens = [letter[:2] for letter in letters if len(letter) == 3] + letters
+    return tokens + [sign.encode() * length for length in range(2, MAX_RUN + 1) for sign in _RUNS]
 
 
 def write_tokenizer(out_dir: Path, ranks: dict[bytes, int], max_tokens: int = 2048) -> None:
@@ -245,11 +257,11 @@ def words_apart() -> frozenset[str]:
     """Words that appear as names or values and are copied: pools of both splits, units."""
     units = {name for kind in UNITS.values() for unit, (_, others) in kind.items() for name in (unit, *others)}
     degrees = {name for scale, others in TEMPERATURES.items() for name in (scale, *others)}
-    pools = (*VERBS, *NOUNS, *ADJECTIVES, *PEOPLE)
+    pools = {*VERBS, *NOUNS, *ADJECTIVES, *PEOPLE} - {*PROSE}
     return frozenset(word.lower() for word in (*pools, *units, *degrees))
 
 
-def train_tokenizer(out_dir: Path, documents: int = 5_000, seed: int = 0, extra_texts: Iterable[str] = ()) -> Tokenizer:
+def train_tokenizer(out_dir: Path, documents: int = 9_000, seed: int = 0, extra_texts: Iterable[str] = ()) -> Tokenizer:
     """Learns the merges from generated dialogs (and `extra_texts`), writes the two files, returns the tokenizer."""
 
     def texts() -> Iterator[str]:

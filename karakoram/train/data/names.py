@@ -52,20 +52,40 @@ PEOPLE = """Anna Ben Carla David Elena Felix Grace Hugo Iris Jonas Karin Leo Mar
 Victor Wendy Xavier Yara Zoe Alice Bruno Clara Daniel Emma Frank Gloria Henry Ida Jack Kate Liam Mila Noah Olga Peter Rita
 Simon Tara Ulrich Vera Walter Yusuf Zara Amir Bella Cyrus Diana Edgar Fiona Gavin Hanna Ivan Julia Kevin Lara Marco Nina""".split()
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr kr pl pr qu sc sh sk sl sm sn sp st sw th tr tw".split()
-_VOWELS = "a e i o u a e i o u ai ea ee ia io oa oo ou y".split()
-_CODAS = ("",) * 12 + tuple("b ck d g l ld ll m n nd ng nt p r rd rk rm rn rt s ss st t th x z".split())
+# Words of ordinary questions and descriptions. As names they are for training only, whatever the checksum says: a held-out
+# name must be a new word, and these stand in every prompt.
+PROSE = """date list number tell add do day days unit units file files total find convert compute week folder order value get sort
+sum read take look count put data use show price message cost book work turn start send long hour hours change call weather
+table song search result path city solve small set return open give bill answer write user tool thing record product print post
+person measure make large new old first second expression text numbers words word name names between from to of item calculate
+calculator weekday difference operation reminder email query web news map light door picture draw translate delete flight records average
+maximum minimum question quantity different model boxes years people language content directory details times costs pages title
+subject language array boolean string type function functions tools dates evaluate conversion population degrees dollars source
+target left right largest smallest biggest lowest highest question answer listed contains machine social media alphabet
+sentence spelling alarm food with this that each some more have need know when where what who how many much which than until
+after before later earlier today tomorrow good help brief fact facts live born buys eggs rows seats children""".split()
+_PROSE = frozenset(PROSE)
+
+# A small inventory, so that a syllable is about one token and every such token is seen often; one syllable in eight is
+# drawn from the wide one, which keeps rarer letter pairs in practice.
+_ONSETS = "b d f g h k l m n p r s t v z br dr gr kr pl st tr sh ch".split()
+_VOWELS = "a e i o u".split()
+_CODAS = ("", "", "", *"n r l s k m x".split())
+_WIDE_ONSETS = "b c d f g h j k l m n p r s t v w y z bl ch cl cr fl fr gl kn ph pr qu sc sk sl sm sn sp st sw th tw wh wr".split()
+_WIDE_VOWELS = "a e i o u y ai ay au ea ee ei ie io oa oo ou ow ue".split()
+_WIDE_CODAS = ("", *"b ck d ct ft g gh ld ll lt m mp n nd ng nk nt p pt r rd rk rm rn rt s sh ss st t th tion ty w x z".split())
 
 
 def split_of(word: str) -> Split:
     """Which split a word belongs to; casing does not matter."""
-    return "eval" if crc32(word.lower().encode()) % 4 == 0 else "train"
+    word = word.lower()
+    return "eval" if crc32(word.encode()) % 4 == 0 and word not in _PROSE else "train"
 
 
 @cache
 def _pool(kind: str, split: Split) -> tuple[str, ...]:
     words = {"verb": VERBS, "noun": NOUNS, "adjective": ADJECTIVES, "person": PEOPLE}[kind]
-    return tuple(sorted({word for word in words if split_of(word) == split}))
+    return tuple(sorted({word for word in words if split_of(word) == split and word not in _PROSE}))
 
 
 def english(rng: Random, split: Split, kind: str) -> str:
@@ -77,22 +97,28 @@ def english(rng: Random, split: Split, kind: str) -> str:
 def syllables(rng: Random, split: Split, count: int = 2) -> str:
     """A pronounceable word that means nothing, such as `brolnek`, of `count` syllables."""
     while True:
-        word = "".join(
-            _ONSETS[int(rng.random() * len(_ONSETS))]
-            + _VOWELS[int(rng.random() * len(_VOWELS))]
-            + _CODAS[int(rng.random() * len(_CODAS))]
-            for _ in range(count)
-        )
+        word = "".join([_syllable(rng) for _ in range(count)])
         if split_of(word) == split:
             return word
+
+
+def _syllable(rng: Random) -> str:
+    roll = rng.random
+    if roll() < 0.125:
+        onset, vowel, coda = _WIDE_ONSETS, _WIDE_VOWELS, _WIDE_CODAS
+    else:
+        onset, vowel, coda = _ONSETS, _VOWELS, _CODAS
+    return onset[int(roll() * len(onset))] + vowel[int(roll() * len(vowel))] + coda[int(roll() * len(coda))]
 
 
 def word(rng: Random, split: Split) -> str:
     """One lower-case word for use inside names: English or syllables, half and half."""
     roll = rng.random()
-    if roll < 0.45:
+    if split == "train" and roll > 0.85:
+        return PROSE[int(rng.random() * len(PROSE))]
+    if roll < 0.4:
         return syllables(rng, split, 2 if rng.random() < 0.75 else 1 + int(rng.random() * 3))
-    return english(rng, split, "noun" if roll < 0.85 else "verb" if roll < 0.93 else "adjective")
+    return english(rng, split, "noun" if roll < 0.7 else "verb" if roll < 0.78 else "adjective")
 
 
 def _cased(rng: Random, words: list[str]) -> str:

@@ -93,8 +93,8 @@ def _declare(tasks: list[Task], rng: Random, split: Split, demo: bool) -> tuple[
     if all(task.bare for task in tasks):
         return {}, []
     groups = {capability.group or capability.key for capability in needed.values()}
-    extra: list[Capability] = [rival for task in tasks for rival in task.rivals if rng.random() < 0.45]
-    want = (0, 1, 1, 2, 2, 3)[int(rng.random() * 6)]
+    extra: list[Capability] = [rival for task in tasks for rival in task.rivals if rng.random() < 0.4]
+    want = (0, 0, 1, 1, 1, 2, 2, 3)[int(rng.random() * 8)]
     while len(extra) < want:
         candidate = distractor(rng, split) if rng.random() < 0.4 else _COMPANY[int(rng.random() * len(_COMPANY))]
         group = candidate.group or candidate.key
