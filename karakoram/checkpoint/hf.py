@@ -33,20 +33,23 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     return download(text, revision)
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises when a transfer fails, for callers that fetch single files themselves."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, ValueError, HfHubHTTPError.__bases__[0]  # the last is HTTPError of httpx (hub 1) or httpx2 (hub 2)
+
+
 def download(hub_id: str, revision: str | None = None) -> Path:
     """The snapshot of a hub model in the local cache, completed from the hub if it can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    http_error = HfHubHTTPError.__bases__[
-        0
-    ]  # of httpx in huggingface_hub 1, of httpx2 in 2; raised on broken transfers
     try:
         return Path(
             snapshot_download(
@@ -70,6 +73,6 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     except LocalEntryNotFoundError as error:
         what = f"{hub_id} is not a directory here, not complete in the cache, and the hub cannot be reached."
         raise CheckpointError(what, "Connect and run the same command again: the download resumes.") from error
-    except (OSError, ValueError, http_error) as error:
+    except hub_errors() as error:
         what = f"{hub_id} could not be downloaded: {' '.join(str(error).split())[:300]}."
         raise CheckpointError(what, "Run the same command again: the download resumes.") from error

@@ -83,7 +83,7 @@ def read_header(path: Path) -> list[TensorEntry]:
 def read_tensor(entry: TensorEntry) -> Tensor:
     """The tensor as stored, on the CPU, in memory of its own."""
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     done = 0
     try:
         descriptor = os.open(entry.file, os.O_RDONLY)

@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = (
 
 
 def narrow_exact(weight: Tensor) -> tuple[Tensor, int]:
-    """Any floating tensor -> (the same values in bf16, how many of them are not exact in bf16; NaN counts as not exact)."""
+    """Any floating tensor -> (its values in bf16, how many of them are not exact there; NaN counts as not exact)."""
     if weight.dtype == torch.bfloat16:
         return weight, 0
     narrow = weight.to(torch.bfloat16)
@@ -29,7 +29,7 @@ def narrow_exact(weight: Tensor) -> tuple[Tensor, int]:
 
 
 def round_reference(value: float) -> float:
-    """The bf16 value nearest to a float32 value (ties to even), by the bits. NaN and infinities are returned unchanged."""
+    """The bf16 value nearest to a float32 value (ties to even), by the bits. NaN and infinities come back unchanged."""
     if value != value or value in (float("inf"), float("-inf")):
         return value
     bits = struct.unpack("<I", struct.pack("<f", value))[0]

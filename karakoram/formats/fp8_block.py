@@ -6,10 +6,10 @@ A weight [out, in] is stored as two tensors:
 The last block of a row or column may be ragged: kv_a_proj_with_mqa has 576 rows, so its fifth row of blocks has 64.
 The weight is the float32 product of both, rounded once to the dtype asked for (DeepSeek-V3 `inference/kernel.py`).
 
-The way back is exact or refused. A finite e4m3 number is c = n * 2^j with odd n <= 15, so a block of values w fits if one
-scale m * 2^e leaves every w / (m * 2^e) on that grid. `exact_scales` takes m = the greatest common divisor of the odd
-parts of the block's values (a larger m leaves smaller n) and the smallest e for which the largest value stays within 448;
-no block that has an exact dyadic scale is missed. `quantize_exact` then verifies every value, sign of zero included.
+The way back is exact or refused. A finite e4m3 number is c = n * 2^j with odd n <= 15, so a block of values w fits if
+one scale m * 2^e leaves every w / (m * 2^e) on that grid. `exact_scales` takes m = the greatest common divisor of the
+odd parts of the block's values (a larger m leaves smaller n) and the smallest e that keeps the largest value within 448; no
+block whose values are exact products is missed. `quantize_exact` then verifies every value, sign of zero included.
 """
 
 import torch
@@ -56,7 +56,7 @@ def quantize_exact(weight: Tensor, scale_inv: Tensor) -> tuple[Tensor, int]:
 
 
 def exact_scales(weight: Tensor) -> Tensor:
-    """bf16 or float32 [out, in] -> float32 scales under which each block that can be exact is; 1 for all other blocks."""
+    """bf16 or float32 [out, in] -> float32 scales under which every block that can be exact is; 1 for the others."""
     out_features, in_features = weight.shape
     scale = torch.ones(scale_shape(out_features, in_features), dtype=torch.float32)
     for first in range(0, out_features, _rows(in_features)):
@@ -69,7 +69,7 @@ def exact_scales(weight: Tensor) -> Tensor:
 
 
 def _block_scales(values: Tensor) -> Tensor:
-    """float32 [..., block elements] -> float32 [...]: gcd of the odd parts times a power of two; 1 where none is exact."""
+    """float32 [..., elements of a block] -> float32 [...]: gcd of the odd parts times a power of two, or 1."""
     clean = torch.where(values.isfinite(), values, 0.0)
     mantissa, exponent = torch.frexp(clean.to(torch.float64))
     whole = (mantissa.abs() * (1 << 24)).to(torch.int64)  # 24 bits hold every float32 significand
@@ -94,8 +94,8 @@ def _check(weight: Tensor, scale_inv: Tensor) -> None:
     wanted = scale_shape(*weight.shape[-2:]) if weight.ndim >= 2 else ()
     if weight.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32 or scale_inv.shape[-2:] != wanted:
         raise FormatError(
-            f"weight {weight.dtype} {list(weight.shape)} with weight_scale_inv {scale_inv.dtype} {list(scale_inv.shape)} "
-            f"is not fp8 in {BLOCK}x{BLOCK} blocks.",
+            f"weight {weight.dtype} {list(weight.shape)} and weight_scale_inv {scale_inv.dtype} {list(scale_inv.shape)}"
+            f" are not fp8 in {BLOCK}x{BLOCK} blocks.",
             f"Expected torch.float8_e4m3fn and torch.float32 {list(wanted)}.",
         )
 

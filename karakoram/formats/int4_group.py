@@ -1,16 +1,17 @@
 """int4, groups of 32, symmetric: the routed experts of K2-Thinking, K2.5 and K2.6 (4.5 bits per weight).
 
 A weight [out, in] is stored as three tensors, the layout that compressed-tensors calls `pack-quantized`:
-  weight_packed  int32 [out, in/8]   eight 4-bit codes along the input, the first in the lowest bits; code = q + 8, q in -8..7
+  weight_packed  int32 [out, in/8]   eight 4-bit codes along the input, the first in the lowest bits; code = q + 8
   weight_scale   bf16  [out, in/32]  one scale for 32 neighbours along the input
   weight_shape   int32 [2]           [out, in]
-The weight is q * scale, rounded to the scale's dtype: compressed-tensors multiplies in that dtype, so for bf16 scales the
-product is rounded to bf16 first and only then widened. The bf16 weight is therefore the meaning, not an approximation of it.
+The weight is q * scale with q in -8..7, rounded to the scale's dtype: compressed-tensors multiplies in that dtype, so
+with bf16 scales the product is rounded to bf16 first and only then widened. The bf16 weight is the meaning of the three
+tensors, not an approximation of it.
 
-The way back (`exact_scales`) inverts that rounding. Some element of a group has the largest magnitude, and its code is
-k = 1..8; so the scale is one of the few bf16 numbers s with bf16(k*s) = max|w|, which lie within one step of max|w| / k.
-Each candidate is tried on all 32 values and taken only if every one comes back; what no candidate reproduces is reported,
-never rounded. -0 counts as 0: the codes have no negative zero.
+The way back (`exact_scales`) inverts that rounding. Some element of a group has the largest magnitude, and its code has
+the magnitude k = 1..8; so the scale is one of the few bf16 numbers s with bf16(k*s) = max|w|, all within one step of
+max|w| / k. Each candidate is tried on all 32 values and taken only if every one comes back; what none reproduces is
+reported, never rounded. -0 counts as 0: the codes have no negative zero.
 Source: compressed-tensors 0.20, `compressors/pack_quantized`; scale search: our own.
 """
 
@@ -26,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 22  # the search keeps about eight float32 temporaries of 
 
 
 def pack(q: Tensor) -> Tensor:
-    """int8 [..., out, in] with values -8..7 -> int32 [..., out, ceil(in/8)]; the last word is filled up with zero bits."""
+    """int8 [..., out, in] with values -8..7 -> int32 [..., out, ceil(in/8)]; a last word is filled with zero bits."""
     if q.dtype != torch.int8:
         raise FormatError(f"int4 codes arrive as {q.dtype}, not as torch.int8.", "Cast the codes -8..7 to torch.int8.")
     if q.numel() and (int(q.min()) < -8 or int(q.max()) > 7):
@@ -44,8 +45,8 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
     words = -(-in_features // CODES_PER_WORD)
     if packed.dtype != torch.int32 or packed.shape[-1] != words:
         raise FormatError(
-            f"weight_packed is {packed.dtype} {list(packed.shape)}; {in_features} inputs need torch.int32 [..., {words}].",
-            "The tensor does not belong to this weight.",
+            f"weight_packed is {packed.dtype} {list(packed.shape)}, which is no weight with {in_features} inputs.",
+            f"Expected torch.int32 [..., {words}].",
         )
     two_per_byte = packed.contiguous().view(torch.uint8)
     codes = torch.stack((two_per_byte & 0xF, two_per_byte >> 4), dim=-1).flatten(-2)
@@ -53,15 +54,25 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 
 
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """int32 [..., out, in/8], scale [..., out, in/32] -> dtype [..., out, in]; the product is rounded to the scale's dtype."""
+    """int32 [..., out, in/8], scale [..., out, in/32] -> dtype [..., out, in], rounded to the scale's dtype before."""
     in_features = scale.shape[-1] * GROUP
     if scale.shape[:-1] != packed.shape[:-1]:
         raise FormatError(
             f"weight_packed {list(packed.shape)} and weight_scale {list(scale.shape)} do not fit together.",
             "Both must come from the same weight.",
         )
-    q = unpack(packed, in_features).unflatten(-1, (-1, GROUP))
-    return (q.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+    return from_grid(unpack(packed, in_features), scale).to(dtype)
+
+
+def from_grid(q: Tensor, scale: Tensor) -> Tensor:
+    """Codes int8 [..., out, in], scale [..., out, in/32] -> q * scale, rounded to and returned in the scale's dtype."""
+    return (q.unflatten(-1, (-1, GROUP)).to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor) -> Tensor:
+    """Floats [..., out, in], scale [..., out, in/32] -> nearest codes int8 [..., out, in]; 0 where the scale is 0."""
+    ratio = weight.to(torch.float32).unflatten(-1, (-1, GROUP)) / scale.to(torch.float32).unsqueeze(-1)
+    return ratio.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).round_().clamp_(-8, 7).to(torch.int8).flatten(-2)
 
 
 def exact_scales(weight: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -91,7 +102,7 @@ def _candidates(amax_N: Tensor) -> list[Tensor]:
     """All scales that can explain the largest magnitude of each group: bf16 [N] each, the likeliest first.
 
     7 and 8 come first because quantizers use the whole range; neighbours follow because bf16(k*s) maps up to two
-    neighbouring scales to one value (k = 3, 5, 6, 7). A negative scale with k = 8 covers a group whose maximum is +8|s|.
+    neighbouring scales to one value (k = 3, 5, 6, 7). A negative scale with k = 8 covers a maximum of +8|s|.
     """
     nearest = {k: (amax_N.float() / k).to(torch.bfloat16) for k in range(1, 9)}
     bits = {k: s.view(torch.int16) for k, s in nearest.items()}

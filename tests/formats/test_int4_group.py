@@ -44,7 +44,8 @@ def test_dequantize_is_that_of_compressed_tensors(scale_dtype: torch.dtype) -> N
     q, scale = codes(40, 192), scales(40, 6).to(scale_dtype)
     mine = int4_group.dequantize(int4_group.pack(q), scale, scale_dtype)
     theirs = ct_dequantize(q, scale, None, ARGS)
-    assert theirs.dtype == mine.dtype and torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+    assert theirs.dtype == mine.dtype
+    assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def test_dequantize_has_its_twin_and_wide_dtypes_hold_the_bf16_value() -> None:
