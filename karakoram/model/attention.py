@@ -45,7 +45,9 @@ class LatentAttention(nn.Module):
             self.q_b_proj = linear(config.q_lora_rank, query_width, device, dtype)
         self.kv_a_proj_with_mqa = linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, device, dtype)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
-        self.kv_b_proj = linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), device, dtype)
+        self.kv_b_proj = linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), device, dtype
+        )
         self.o_proj = linear(heads * config.v_head_dim, hidden, device, dtype)
 
     def forward(
@@ -72,7 +74,9 @@ class LatentAttention(nn.Module):
         c = self.config
         cos, sin = rotation
         q = self.q_proj(x_BTD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, -1)).split(
+            (c.qk_nope_head_dim, c.qk_rope_head_dim), -1
+        )
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
         q_rope = rotate(q_rope, cos[:, :, None], sin[:, :, None])
         return q_nope, q_rope, self.kv_a_layernorm(latent), rotate(k_rope, cos, sin)
@@ -115,7 +119,9 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthl,hvl->bthv", mixed_BTHL, value_HVL).flatten(-2)
 
 
-def scaled_attention(q_BHTx: Tensor, k_BHSx: Tensor, v_BHSV: Tensor, visible_BTS: Tensor | None, scale: float) -> Tensor:
+def scaled_attention(
+    q_BHTx: Tensor, k_BHSx: Tensor, v_BHSV: Tensor, visible_BTS: Tensor | None, scale: float
+) -> Tensor:
     """softmax(q·k·scale) · v -> [B, H, T, V]; values narrower than keys are padded, which torch's fused kernel asks for."""
     if visible_BTS is None and q_BHTx.device.type == "cpu" and torch.is_grad_enabled() and q_BHTx.requires_grad:
         return causal_attention(q_BHTx, k_BHSx, v_BHSV, scale)

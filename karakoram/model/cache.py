@@ -24,7 +24,9 @@ class Cache(Protocol):
         """Slots in use: one more than the highest position of the passes so far."""
         ...
 
-    def append(self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens at their positions; return all slots up to the highest one used: [B, S, L] and [B, S, R]."""
         ...
 
@@ -45,7 +47,9 @@ class LatentCache:
         self.latents = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
         self.rope_keys = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
 
-    def append(self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Cache.append`. Raises InputError past the capacity."""
         used = int(positions_BT.max()) + 1
         if used > self.capacity:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 # oneDNN prepares a kernel for every new shape (about 1 ms) and keeps 1,024: runs of all lengths would mean a new one at
 # every product. Rounded to 128 rows, the shapes of a training run are few; at 2,048 rows a run the padding costs 3 %.
 ROUND_TO = 128

@@ -76,7 +76,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, device, dtype)
-        self.lm_head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size, device, dtype)
+        self.lm_head = (
+            None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size, device, dtype)
+        )
         self._inverse_frequencies: Tensor | None = None
 
     @property
@@ -145,7 +147,9 @@ class Transformer(nn.Module):
 
     def _check(self, token_ids_BT: Tensor, positions: Tensor | None) -> None:
         if token_ids_BT.ndim != 2 or token_ids_BT.numel() == 0:
-            raise InputError(f"Token ids have shape {tuple(token_ids_BT.shape)}.", "Give [batch, tokens], neither empty.")
+            raise InputError(
+                f"Token ids have shape {tuple(token_ids_BT.shape)}.", "Give [batch, tokens], neither empty."
+            )
         low, high = int(token_ids_BT.min()), int(token_ids_BT.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

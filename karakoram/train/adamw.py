@@ -37,5 +37,7 @@ class AdamW:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
         for name, weight in self.weights.items():
-            fields = {key.rsplit("/", 1)[1]: value.clone() for key, value in state.items() if key.rsplit("/", 1)[0] == name}
+            fields = {
+                key.rsplit("/", 1)[1]: value.clone() for key, value in state.items() if key.rsplit("/", 1)[0] == name
+            }
             self._optimizer.state[weight] = fields

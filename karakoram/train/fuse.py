@@ -42,6 +42,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compiler_works() -> bool:
     try:
-        return bool(torch.compile(lambda x: x.float() * 2 + 1, dynamic=True)(torch.ones(4, dtype=torch.bfloat16)).sum() == 12)
+        return bool(
+            torch.compile(lambda x: x.float() * 2 + 1, dynamic=True)(torch.ones(4, dtype=torch.bfloat16)).sum() == 12
+        )
     except Exception:  # any failure of the toolchain (no compiler, no headers, read-only cache) means: run uncompiled
         return False

@@ -37,7 +37,9 @@ def loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, slice_loss: SliceLoss) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, slice_loss: SliceLoss
+    ) -> Tensor:
         grad_x, grad_head = torch.empty_like(x_ND), torch.zeros_like(head_VD, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), ROWS):

@@ -33,4 +33,3 @@ class Masters:
     def gradients(self) -> dict[str, Tensor]:
         """The parameters' gradients by name, as they are (the model's dtype)."""
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-

@@ -50,7 +50,9 @@ def stored_tensors(model: Transformer, int4: bool) -> Iterator[tuple[str, Tensor
                 continue
             codes, scales, misfits = int4_group.exact_scales(weight.bfloat16())
             if misfits:
-                raise TrainingError(f"{misfits} groups of {prefix} are not on the int4 grid.", "Train with int4_from < 1.")
+                raise TrainingError(
+                    f"{misfits} groups of {prefix} are not on the int4 grid.", "Train with int4_from < 1."
+                )
             yield f"{prefix}_packed", int4_group.pack(codes)
             yield f"{prefix}_scale", scales
             yield f"{prefix}_shape", torch.tensor(weight.shape, dtype=torch.int32)

@@ -81,7 +81,9 @@ class Trainer:
                 if stop.asked:
                     break
         if self.progress < 1:
-            raise TrainingError(f"Training was stopped at step {self.step}; everything is saved in {self.out}.", _RESUME)
+            raise TrainingError(
+                f"Training was stopped at step {self.step}; everything is saved in {self.out}.", _RESUME
+            )
         self.save()
         return self.finish()
 
@@ -100,7 +102,9 @@ class Trainer:
         gradients = self.masters.gradients()
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         if not (norm < float("inf")):
-            raise TrainingError(f"The gradient became {norm} at step {self.step}.", "Resume with a lower learning rate.")
+            raise TrainingError(
+                f"The gradient became {norm} at step {self.step}.", "Resume with a lower learning rate."
+            )
         share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
         scale = min(1.0, c.clip_norm / (norm + 1e-6))
         self.muon.step(gradients, c.learning_rate * share, scale)
