@@ -76,14 +76,18 @@ def inspect_command(
 def _find(model: str, allow_keys: list[str]) -> _Found:
     from karakoram.env import bundled_model_dir
 
-    path = Path(model).expanduser()
     if model == "nano" and (bundled_model_dir() / "config.json").is_file():
         return _find_directory("nano (bundled)", bundled_model_dir(), allow_keys)
     if model in PRESETS:
         return _Found(model, ModelConfig.preset(model), notes=("a preset: bytes are predicted from its format",))
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        kind = "directory" if model and path.is_dir() else "file" if path.is_file() else None
+    except (OSError, RuntimeError):  # a name longer than the system allows, an unknown ~user
+        kind, path = None, Path()
+    if kind == "directory":
         return _find_directory(str(path), path, allow_keys)
-    if path.is_file():
+    if kind == "file":
         if path.suffix != ".json":
             raise InputError(f"{path} is a file.", "Name the directory of a checkpoint, or its config.json.")
         config = ModelConfig.from_dict(load_json_object(path), allow_keys)
@@ -114,7 +118,7 @@ def _find_on_hub(hub_id: str, allow_keys: list[str]) -> _Found:
 
     if not HUB_ID.fullmatch(hub_id):
         raise InputError(
-            f"{hub_id!r} is neither a directory nor a preset.",
+            f"{hub_id[:200]!r} is neither a directory nor a preset.",
             f"Name a checkpoint directory, a Hugging Face id owner/name, or one of {', '.join(PRESETS)}.",
         )
     from huggingface_hub import hf_hub_download, try_to_load_from_cache

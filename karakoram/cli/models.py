@@ -7,7 +7,7 @@ The bundled nano model is listed and cannot be removed.
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +82,10 @@ def remove_command(
     if not repos:
         raise InputError(f"{name!r} is not in the cache.", "`k2 models --all` lists what is.")
     repo = repos[0]
-    plan = cache.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
+    # Commits are looked up across the whole cache, and a duplicated repository has its original's: show it this one only.
+    plan = replace(cache, repos=frozenset({repo})).delete_revisions(
+        *(revision.commit_hash for revision in repo.revisions)
+    )
     size = _gb(plan.expected_freed_size)
     if not yes:
         if not sys.stdin.isatty():
