@@ -82,7 +82,7 @@ def remove_command(
     if not repos:
         raise InputError(f"{name!r} is not in the cache.", "`k2 models --all` lists what is.")
     repo = repos[0]
-    # Commits are looked up across the whole cache, and a duplicated repository has its original's: show it this one only.
+    # Commits are looked up in all repositories, and a duplicate has its original's: so only this one is shown.
     plan = replace(cache, repos=frozenset({repo})).delete_revisions(
         *(revision.commit_hash for revision in repo.revisions)
     )
