@@ -77,7 +77,8 @@ def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenari
     failure = tasks[-1].failure
     document = Document(talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking)
     if failure is not None:
-        tools = [_fails_first(tool, failure) for tool in tools]
+        failing = _of(talk, tasks[-1].steps[0][0]).tool
+        tools = [_fails_first(tool, failure) if tool is failing else tool for tool in tools]
     return Scenario(document, tools, tasks[-1].expected, tasks[-1].family)
 
 
@@ -181,6 +182,7 @@ def _fails_first(tool: Tool, failure: str) -> Tool:
 
 
 def with_failure(task: Task, rng: Random) -> Task:
-    """The same task, with a tool that fails the first time."""
-    task.failure = _BUSY[int(rng.random() * len(_BUSY))]
+    """The same task, with a tool that fails the first time; unchanged if it starts with several calls or finds nothing."""
+    if len(task.steps[0]) == 1 and "could not" not in task.expected:
+        task.failure = _BUSY[int(rng.random() * len(_BUSY))]
     return task

@@ -55,8 +55,8 @@ _SMALL_TALK: tuple[tuple[Phrases, tuple[str, ...], tuple[str, ...], str], ...] =
             Hello, how are you?
             Good morning!""",
         ),
-        ("Hello! How can I help you?", "Hi! What can I do for you?"),
-        ("!",),
+        ("Hello! How can I help you?", "Hi! How can I help?"),
+        ("help",),
         "A greeting.",
     ),
     (
