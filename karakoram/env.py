@@ -209,8 +209,8 @@ def disk(path: str | Path) -> Disk | None:
 
 def compiler() -> Path | None:
     """The C++ compiler: CXX if it is set, else the first of c++, g++, clang++ on the PATH; None if there is none."""
-    if given := os.environ.get("CXX"):
-        found = shutil.which(given.split()[0])
+    if words := os.environ.get("CXX", "").split():  # it may carry options
+        found = shutil.which(words[0])
         return Path(found) if found else None
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):

@@ -19,14 +19,16 @@ _SUPPORTED: Final = (
 _FP8: Final[dict[str, tuple[object, ...]]] = {
     "fmt": ("e4m3", "float8_e4m3fn", None),
     "activation_scheme": ("dynamic", None),
-    "weight_block_size": ([128, 128],),
+    "weight_block_size": ([128, 128], (128, 128)),
     "scale_fmt": ("float", None),
+    "expert_dtype": ("fp8", None),
 }
 _INT4: Final[dict[str, tuple[object, ...]]] = {
     "format": ("pack-quantized",),
     "quantization_status": ("compressed", None),
     "kv_cache_scheme": (None,),
     "sparsity_config": (None, {}),
+    "moe_sparsity_config": (None, {}),
     "transform_config": (None, {}),
 }
 _INT4_WEIGHTS: Final[dict[str, tuple[object, ...]]] = {
