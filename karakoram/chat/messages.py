@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, cast
 from karakoram.errors import ChatError
 
 MAX_NESTING = 128
-"""Depth to which tool schemas and call arguments may nest: far above any real schema, far below Python's own limit."""
+"""Depth to which tool schemas may nest: far above any real schema, far below Python's recursion limit."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,10 @@ def _arguments_text(index: int, number: int, arguments: object, fix: str) -> str
         return arguments
     if arguments is None:
         _refuse(index, f"has a tool call {number} without arguments.", fix)
-    if exceeds_nesting(arguments):
-        _refuse(index, f"has a tool call {number} whose arguments nest deeper than {MAX_NESTING}.", "Flatten them.")
     try:
         # The separators ", " and ": " and unescaped Unicode are those of the official template's `tojson`.
         return json.dumps(arguments, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         _refuse(index, f"has a tool call {number} whose arguments are not JSON ({error}).", fix)
 
 
@@ -196,12 +194,12 @@ def _read_tool(index: int, raw: object) -> dict[str, Any]:
     if not isinstance(raw, dict):
         refuse(f"must be an object, not {_kind(raw)}")
     tool = cast("dict[str, Any]", raw)
-    if exceeds_nesting(tool):
-        refuse(f"nests deeper than {MAX_NESTING}")
     try:
-        json.dumps(tool)
-    except (TypeError, ValueError) as error:
+        json.dumps(tool)  # also refuses what contains itself, which would never end below
+    except (TypeError, ValueError, RecursionError) as error:
         refuse(f"is not JSON ({error})")
+    if _exceeds_nesting(tool):
+        refuse(f"nests deeper than {MAX_NESTING}")
     if not isinstance(tool.get("type"), str):
         refuse(f"has type {tool.get('type')!r}")
     if tool["type"] != "function":
@@ -223,8 +221,8 @@ def _read_tool(index: int, raw: object) -> dict[str, Any]:
     return tool
 
 
-def exceeds_nesting(value: object) -> bool:
-    """Whether lists and dicts in `value` nest deeper than MAX_NESTING (a value that contains itself does)."""
+def _exceeds_nesting(value: object) -> bool:
+    """Whether lists and dicts in `value`, which must not contain itself, nest deeper than MAX_NESTING."""
     level = [value]
     for _ in range(MAX_NESTING + 1):
         deeper: list[object] = []

@@ -20,7 +20,22 @@ SPECIAL_NAMES = [
     *("<|im_middle|>", "<|media_begin|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>", "<think>", "</think>"),
     *(None, "[UNK]", "[PAD]"),
 ]
-MERGES = [b"th", b"he", b"the", b"in", b"fu", b"nc", b"<|", b"|>", b"im", b"to", b"ol", b"\n\n", "é".encode(), b"\xe4\xbd"]
+MERGES = [
+    b"th",
+    b"he",
+    b"the",
+    b"in",
+    b"fu",
+    b"nc",
+    b"<|",
+    b"|>",
+    b"im",
+    b"to",
+    b"ol",
+    b"\n\n",
+    "é".encode(),
+    b"\xe4\xbd",
+]
 
 
 def write_tokenizer(path: Path, without: tuple[str, ...] = (), **config: Any) -> Path:

@@ -179,7 +179,9 @@ def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[list[
         st.one_of(text.map(lambda value: {"type": "text", "text": value}), st.just({"type": "image"})), max_size=3
     )
     content = st.one_of(st.none(), text, parts)
-    call = st.builds(lambda i, n, a: {"id": i, "type": "function", "function": {"name": n, "arguments": a}}, word, word, text)
+    call = st.builds(
+        lambda i, n, a: {"id": i, "type": "function", "function": {"name": n, "arguments": a}}, word, word, text
+    )
     speaker = st.builds(
         lambda role, name, body: {"role": role, "name": name, "content": body},
         st.sampled_from(["user", "system", "developer"]),
@@ -212,7 +214,9 @@ def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[list[
         },
         *(word, text, text, text),
     )
-    messages = st.lists(turn, min_size=1, max_size=4).map(lambda turns: [message for group in turns for message in group])
+    messages = st.lists(turn, min_size=1, max_size=4).map(
+        lambda turns: [message for group in turns for message in group]
+    )
     return st.tuples(messages, st.lists(tool, max_size=2))
 
 
@@ -252,7 +256,11 @@ def test_nothing_a_user_writes_becomes_a_control_token(
 @pytest.mark.parametrize("filler", ["x", " ", "word ", "é"])
 def test_giant_contents_are_cut_as_in_the_rendered_text(small: Tokenizer, filler: str) -> None:
     fmt = ChatFormat("kimi-k2.5", small)
-    messages = [{"role": "user", "content": filler * 60_000}, USER, {"role": "user", "content": filler * 120_000 + "th"}]
+    messages = [
+        {"role": "user", "content": filler * 60_000},
+        USER,
+        {"role": "user", "content": filler * 120_000 + "th"},
+    ]
     assert fmt.encode(messages) == small.encode(fmt.render(messages), allow_special=True)
 
 

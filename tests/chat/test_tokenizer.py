@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,9 @@ def test_missing_files(small_dir: Path, tmp_path: Path, name: str) -> None:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="is not a directory with a tokenizer"):
         Tokenizer.from_dir(tmp_path / "nowhere")
+
+
+def test_importing_chat_is_light(project_root: Path) -> None:
+    code = "import karakoram.chat, karakoram.chat.format, karakoram.chat.parser, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=project_root, capture_output=True, text=True, check=True)
+    assert not {"torch", "tiktoken", "numpy", "regex", "requests"} & set(run.stdout.split())
