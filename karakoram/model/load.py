@@ -1,0 +1,80 @@
+"""From a checkpoint to a running model: each tensor is read, decoded to the model's dtype, and put in its place.
+
+Whatever the file holds (bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go into
+their layer's stacks one by one. Peak memory is the model and one tensor.
+"""
+
+from pathlib import Path
+
+import torch
+
+from karakoram.checkpoint import Checkpoint, open_checkpoint
+from karakoram.env import bundled_model_dir, memory
+from karakoram.errors import CheckpointError, InputError
+from karakoram.model.transformer import Transformer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_model(
+    path_or_hub_id: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "bfloat16",
+    allow_config_keys: tuple[str, ...] = (),
+) -> Transformer:
+    """Load a K2-shaped checkpoint for inference; None is the bundled nano.
+
+    dtype is bfloat16 or float32. Raises CheckpointError (missing or damaged files, too little memory), ConfigError (another
+    architecture, unknown settings), InputError (device or dtype that is not there).
+    """
+    wanted = _dtype(dtype)
+    place = _device(device)
+    source = bundled_model_dir() if path_or_hub_id is None else path_or_hub_id
+    checkpoint = open_checkpoint(source, allow_config_keys)
+    checkpoint.check()
+    model = Transformer(checkpoint.config, device="meta", dtype=wanted)
+    _refuse_too_large(model, place, checkpoint.dir)
+    model.to_empty(device=place)
+    fill(model, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill(model: Transformer, checkpoint: Checkpoint) -> None:
+    """Copy every weight of a checkpoint into a model of its shape."""
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        stack, _, projection = name.rpartition(".experts.")
+        if stack:
+            layer = int(stack.split(".")[2])
+            for expert in range(tensor.shape[0]):
+                tensor[expert].copy_(checkpoint.expert(layer, expert, projection, tensor.dtype))
+        elif name.endswith(".weight"):
+            tensor.copy_(checkpoint.read_weight(name, tensor.dtype))
+        else:
+            tensor.copy_(checkpoint.read(name))
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise InputError(f"A model cannot be loaded as {dtype}.", f"Choose one of {', '.join(DTYPES)}.")
+    return wanted
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"There is no device {device!r} here.", "`k2 doctor` lists what there is; cpu always works.") from error
+    return place
+
+
+def _refuse_too_large(model: Transformer, place: torch.device, source: Path) -> None:
+    needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    available = memory().available_bytes if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
+    if available is not None and needed > available:
+        raise CheckpointError(
+            f"{source} needs {needed / 1e9:,.1f} GB as {model.dtype}, and {available / 1e9:,.1f} GB are free on {place}.",
+            "Take a smaller model; `k2 inspect` tells what a checkpoint needs.",
+        )
