@@ -56,6 +56,10 @@ class Unsupported(ValueError):
     """A schema that TypeScript cannot express here."""
 
 
+class _Unwritable(Unsupported):
+    """A schema that can be read but not written: it only counts where it would be written."""
+
+
 def declare_tools(tools: list[dict[str, Any]], style: Literal["json", "typescript"]) -> str:
     """The text of the tool declaration for checked, non-empty `tools`."""
     ordered = cast("list[dict[str, Any]]", deep_sorted(tools))
@@ -111,9 +115,11 @@ class _Object:
     """The lines between the braces of an object type."""
 
     fields: list[_Field]
-    extra: str | None
+    extra: str | _Unwritable | None
 
     def text(self, indent: str) -> str:
+        if isinstance(self.extra, _Unwritable):
+            raise self.extra
         required = sorted((f for f in self.fields if not f.optional), key=lambda f: f.name)
         optional = sorted((f for f in self.fields if f.optional), key=lambda f: f.name)
         lines = [f.text for f in [*required, *optional]]
@@ -126,8 +132,9 @@ def _function(function: dict[str, Any]) -> str:
     scope = _Scope()
     parameters = _object(cast("dict[str, Any]", function.get("parameters") or {}), "", scope)
     blocks: list[str] = []
-    signature = parameters.text("")
-    if scope.refers_to_itself:
+    if not scope.refers_to_itself:
+        signature = parameters.text("")
+    else:
         fields = ",\n".join(f.text for f in parameters.fields)
         blocks.append("interface parameters {" + (f"\n{fields}\n" if fields else "") + "}")
         signature = "parameters"
@@ -148,7 +155,7 @@ def _comment(description: object, indent: str) -> str:
     if not description:
         return ""
     if not isinstance(description, str):
-        _unsupported("a description that is no text")
+        raise _Unwritable("a description that is no text")
     return "\n".join(f"{indent}// {line}" if line else "" for line in description.split("\n")) + "\n"
 
 
@@ -196,7 +203,10 @@ def _object(schema: dict[str, Any], indent: str, scope: _Scope) -> _Object:
         if not isinstance(definitions, dict):
             _unsupported("$defs that are no object")
         scope.definitions.update(cast("dict[str, Any]", definitions))
-    extra = _additional(schema.get("additionalProperties"), indent + INDENT, scope)
+    try:
+        extra = _additional(schema.get("additionalProperties"), indent + INDENT, scope)
+    except _Unwritable as error:
+        extra = error
     if "properties" not in schema:
         return _Object([], extra)
     properties: Any = schema["properties"]
@@ -231,7 +241,7 @@ def _additional(schema: Any, indent: str, scope: _Scope) -> str | None:
         return "never"
     if schema is True or isinstance(schema, dict):
         return _type(cast("Any", schema), indent, scope)
-    _unsupported(f"additionalProperties {schema!r}")
+    raise _Unwritable(f"additionalProperties {schema!r}")
 
 
 def _array(schema: dict[str, Any], indent: str, scope: _Scope) -> str:

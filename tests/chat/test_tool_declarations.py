@@ -64,6 +64,11 @@ def test_references_look_back_only() -> None:
     assert declare(after).startswith('[{"function":')
 
 
+def test_what_is_never_written_is_no_obstacle() -> None:
+    parameters = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": "x"}
+    assert declare(parameters) == "interface parameters {\n  next?: parameters\n}\ntype f = (_: parameters) => any;"
+
+
 def test_self_reference_in_a_definition_is_not_an_interface() -> None:
     parameters = {"type": "object", "$defs": {"T": {"type": "array", "items": {"$ref": "#"}}}, "properties": {}}
     assert declare(parameters) == "interface T Array<parameters>\ntype f = (_: {}) => any;"
