@@ -1,7 +1,8 @@
 """From what the user typed to a directory: a path as it is, a hub id through huggingface_hub's cache.
 
-The download takes tensors, configuration and tokenizer, never code and never pickles; it shows progress, resumes after
-an interruption, and works from the cache when the hub cannot be reached. `HF_ENDPOINT` (a mirror), `HF_HOME` (where the
+The download takes tensors, configuration and tokenizer, never code and never pickles; it shows progress, takes up a
+broken connection where it broke (after a kill: at the first unfinished file), and works from the cache when the hub
+cannot be reached. `HF_ENDPOINT` (a mirror), `HF_HOME` (where the
 cache lies), `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean everywhere.
 """
 
@@ -72,7 +73,7 @@ def download(hub_id: str, revision: str | None = None) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         what = f"{hub_id} is not a directory here, not complete in the cache, and the hub cannot be reached."
-        raise CheckpointError(what, "Connect and run the same command again: the download resumes.") from error
+        raise CheckpointError(what, "Connect and run the same command again: finished files are kept.") from error
     except hub_errors() as error:
         what = f"{hub_id} could not be downloaded: {' '.join(str(error).split())[:300]}."
-        raise CheckpointError(what, "Run the same command again: the download resumes.") from error
+        raise CheckpointError(what, "Run the same command again: finished files are kept.") from error

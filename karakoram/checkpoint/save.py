@@ -62,9 +62,8 @@ def write_checkpoint(
         total_bytes = sum(tensor.nbytes for _, tensor in tensors)
     _remove_leftovers(out_dir)
     _check_target(out_dir, overwrite)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    _check_free_space(out_dir.parent, total_bytes)
     with _scratch_directory(out_dir, total_bytes) as scratch:
+        _check_free_space(scratch, total_bytes)
         if copy_from is not None:
             _copy_companions(Path(copy_from), scratch)
         for name, content in (extra_files or {}).items():
@@ -236,10 +235,10 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
         )
 
 
-def _check_free_space(parent: Path, total_bytes: int | None) -> None:
-    free = shutil.disk_usage(parent).free
+def _check_free_space(scratch: Path, total_bytes: int | None) -> None:
+    free = shutil.disk_usage(scratch).free
     if total_bytes is not None and total_bytes + _SPARE_BYTES > free:
-        raise _disk_full(parent, total_bytes, free)
+        raise _disk_full(scratch.parent, total_bytes, free)
 
 
 def _disk_full(parent: Path, total_bytes: int | None, free: int) -> CheckpointError:
@@ -253,20 +252,25 @@ def _disk_full(parent: Path, total_bytes: int | None, free: int) -> CheckpointEr
 @contextmanager
 def _scratch_directory(out_dir: Path, total_bytes: int | None) -> Iterator[Path]:
     """A locked hidden directory beside the target; gone afterwards unless it was moved into place."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-    lock = os.open(scratch, os.O_RDONLY)
+    scratch, lock = None, None
     try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
+        lock = os.open(scratch, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         scratch.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a checkpoint is as readable as any directory
         yield scratch
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)  # before the free space is measured
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(out_dir.parent, total_bytes, shutil.disk_usage(out_dir.parent).free) from error
         raise CheckpointError(f"cannot write {out_dir}: {error}.", "Check the path and its permissions.") from error
     finally:
-        os.close(lock)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _umask() -> int:

@@ -8,8 +8,9 @@ The weight is the float32 product of both, rounded once to the dtype asked for (
 
 The way back is exact or refused. A finite e4m3 number is c = n * 2^j with odd n <= 15, so a block of values w fits if
 one scale m * 2^e leaves every w / (m * 2^e) on that grid. `exact_scales` takes m = the greatest common divisor of the
-odd parts of the block's values (a larger m leaves smaller n) and the smallest e that keeps the largest value within 448; no
-block whose values are exact products is missed. `quantize_exact` then verifies every value, sign of zero included.
+odd parts of the block's values (a larger m leaves smaller n) and the smallest e that keeps the largest value within
+448; no block whose values are exact products is missed. `quantize_exact` then verifies every value, sign of zero
+included.
 """
 
 import torch

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.checkpoint import k25_of_holes, tiny
 
 from karakoram.checkpoint import open_checkpoint
 from karakoram.checkpoint.names import canonical_name, expected_tensors, is_linear, is_routed_expert, is_vision
 from karakoram.config import ModelConfig
 from karakoram.errors import CheckpointError, ConfigError, FormatError, InputError
 from karakoram.formats import fp8_block, int4_group
+from tests.checkpoint import k25_of_holes, tiny
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def saved(tmp_path: Path) -> Path:
     return tiny.save(tmp_path / "model")
 
 
-def rewrite(directory: Path, change) -> Path:  # noqa: ANN001
+def rewrite(directory: Path, change) -> Path:
     """Apply `change` (dict -> dict or None) to the tensors of a single-file checkpoint."""
     tensors = load_file(directory / "model.safetensors")
     save_file(change(tensors) or tensors, directory / "model.safetensors", {"format": "pt"})
@@ -54,7 +54,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 
 
 def test_kimi_k25_as_transformers_saves_it(tmp_path: Path) -> None:
-    """transformers 5.23 writes `language_model.model.blocks.…` and `model.mm_projector.pre_norm`: both are understood."""
+    """transformers 5.23 writes `language_model.model.blocks.…` and `model.mm_projector.pre_norm`; both are read."""
     from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
     vision = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
@@ -239,7 +239,7 @@ def test_an_index_that_points_nowhere(tmp_path: Path) -> None:
         open_with({name: "model-9.safetensors"})
     with pytest.raises(CheckpointError, match="Only files beside it"):
         open_with({name: "../model.safetensors"})
-    with pytest.raises(CheckpointError, match="do not have: model.layers.7"):
+    with pytest.raises(CheckpointError, match=r"do not have: model\.layers\.7"):
         open_with({"model.layers.7.mlp.gate.weight": shard})
     other = next(file for file in index["weight_map"].values() if file != shard)
     with pytest.raises(CheckpointError, match=f"but it is in {shard}"):
