@@ -30,6 +30,8 @@ def scenarios() -> list[Scenario]:
     ]
 
 
-def evaluate(fmt: ChatFormat, generate_batch: GenerateBatch, progress: Callable[[int, int], None] | None = None) -> Report:
+def evaluate(
+    fmt: ChatFormat, generate_batch: GenerateBatch, progress: Callable[[int, int], None] | None = None
+) -> Report:
     """Runs all fifty. `report.answers` is the number that counts."""
     return report(live(fmt, scenarios(), generate_batch, progress=progress))

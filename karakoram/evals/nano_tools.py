@@ -51,7 +51,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         plain = lambda share: [share.successes, share.trials]  # noqa: E731
-        families = {name: {"calls": plain(calls), "answers": plain(answers)} for name, (calls, answers) in self.families.items()}
+        families = {
+            name: {"calls": plain(calls), "answers": plain(answers)} for name, (calls, answers) in self.families.items()
+        }
         return {
             "calls": plain(self.calls),
             "answers": plain(self.answers),

@@ -54,7 +54,9 @@ MAX_TEXT_BYTES = 64_000_000
 _ARITHMETIC = frozenset("+-*/()^ ")  # pieces of these alone stay apart, except the `//` before a description
 _COMMENTS = ("//", " //")
 # Tokens for the rest of the vocabulary, which dialogs do not use: one per letter of other alphabets, and runs of signs.
-_LETTERS = [chr(code) for code in (*range(0xC0, 0x250), *range(0x391, 0x3CA), *range(0x410, 0x450), 0x401, 0x451)] + list("°€£×÷–—’‘“”…·•©®²³½")
+_LETTERS = [
+    chr(code) for code in (*range(0xC0, 0x250), *range(0x391, 0x3CA), *range(0x410, 0x450), 0x401, 0x451)
+] + list("°€£×÷–—’‘“”…·•©®²³½")
 _RUNS = " \n\t=#_.~"
 MAX_RUN = 256  # as long as the longest tokens of K2
 
@@ -147,7 +149,12 @@ def _count(texts: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[st
             words[run] += count
         if runs and piece == " " + runs[0]:
             spaced[runs[0]] += count
-        elif not runs and 1 < len(piece) <= 8 and not any(c.isnumeric() for c in piece) and (not _ARITHMETIC.issuperset(piece) or piece in _COMMENTS):
+        elif (
+            not runs
+            and 1 < len(piece) <= 8
+            and not any(c.isnumeric() for c in piece)
+            and (not _ARITHMETIC.issuperset(piece) or piece in _COMMENTS)
+        ):
             signs[piece] += count
     return words, spaced, signs
 
@@ -170,11 +177,19 @@ def learn_ranks(texts: Iterable[str], apart: Collection[str], n_ranks: int = N_R
     extra = list(longer.learn(MAX_PROSE_MERGES, anything, 2))
     for pair in extra:
         everything.merge(pair)
-    whole = {word for word, tokens in zip((w for w in prose if w not in names), longer.tokens, strict=True) if len(tokens) == 1}
+    whole = {
+        word
+        for word, tokens in zip((w for w in prose if w not in names), longer.tokens, strict=True)
+        if len(tokens) == 1
+    }
     whole |= {word for word in prose if len(word) == 1}
     frequent = sorted((word for word in whole if word.lower() not in apart), key=lambda word: (-spaced[word], word))
     frequent = [word for word in frequent if spaced[word] >= MIN_PAIR_COUNT][:MAX_SPACED_WORDS]
-    punctuation = list(_Words((sign.encode(), count) for sign, count in signs.items()).learn(MAX_PUNCTUATION_MERGES, anything, MIN_PAIR_COUNT))
+    punctuation = list(
+        _Words((sign.encode(), count) for sign, count in signs.items()).learn(
+            MAX_PUNCTUATION_MERGES, anything, MIN_PAIR_COUNT
+        )
+    )
     room = n_ranks - 256 - len(merges) - len(extra) - len(punctuation) - len(frequent)
     more = list(everything.learn(room, short, MIN_PAIR_COUNT)) if room > 0 else []
     tokens = [bytes([byte]) for byte in byte_order()]
@@ -182,7 +197,9 @@ def learn_ranks(texts: Iterable[str], apart: Collection[str], n_ranks: int = N_R
     tokens += [b" " + word.encode() for word in frequent]
     tokens = list(dict.fromkeys(tokens + _fillers()))
     if len(tokens) < n_ranks:
-        raise TrainingError(f"The texts give only {len(tokens)} of {n_ranks} tokens.", "Give more text to the tokenizer.")
+        raise TrainingError(
+            f"The texts give only {len(tokens)} of {n_ranks} tokens.", "Give more text to the tokenizer."
+        )
     return {token: rank for rank, token in enumerate(tokens[:n_ranks])}
 
 
@@ -196,7 +213,9 @@ def _fillers() -> list[bytes]:
 def write_tokenizer(out_dir: Path, ranks: dict[bytes, int], max_tokens: int = 2048) -> None:
     """`tiktoken.model` and `tokenizer_config.json`, each written whole or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
+    lines = [
+        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
     _replace(out_dir / MODEL_FILE, b"".join(lines))
     text = json.dumps(tokenizer_config(len(ranks), max_tokens), indent=2, ensure_ascii=False)
     _replace(out_dir / CONFIG_FILE, text.encode() + b"\n")
@@ -235,7 +254,8 @@ def special_ids(first_special: int = N_RANKS) -> dict[str, int]:
     """All special names, unnamed ones as `<|reserved_token_N|>`."""
     names = SPECIALS | {N_SPECIALS - 2: "[UNK]", N_SPECIALS - 1: "[PAD]"}
     return {
-        names.get(offset, f"<|reserved_token_{first_special + offset}|>"): first_special + offset for offset in range(N_SPECIALS)
+        names.get(offset, f"<|reserved_token_{first_special + offset}|>"): first_special + offset
+        for offset in range(N_SPECIALS)
     }
 
 
@@ -246,7 +266,9 @@ def generated_texts(documents: int, seed: int = 0) -> Iterator[str]:
     specials = regex.compile(r"<\|[a-z_]+\|>|</?think>")
     for index in range(documents):
         document = dialogs.generate(seed, index)
-        rendered = fmt.render(document.messages, document.tools, thinking=document.thinking, add_generation_prompt=False)
+        rendered = fmt.render(
+            document.messages, document.tools, thinking=document.thinking, add_generation_prompt=False
+        )
         yield specials.sub("\n", rendered)
         for message in document.messages:  # history drops thoughts from the rendered text, the model still writes them
             if message.get("reasoning_content"):

@@ -26,7 +26,9 @@ def find_gsm8k(data_dir: Path) -> Path:
     for file in (data_dir / "gsm8k" / "train.jsonl", data_dir / "train.jsonl"):
         if file.is_file() and file.stat().st_size <= MAX_FILE_BYTES:
             return file
-    raise TrainingError(f"No gsm8k/train.jsonl below {data_dir}.", "Get it from openai/grade-school-math, or leave GSM8K out.")
+    raise TrainingError(
+        f"No gsm8k/train.jsonl below {data_dir}.", "Get it from openai/grade-school-math, or leave GSM8K out."
+    )
 
 
 def _clean(thought: str) -> str:
@@ -50,14 +52,20 @@ def rewrite(question: str, answer: str) -> Scenario | None:
         except ToolError:
             return None
         call_id = f"functions.{CALCULATOR.name}:{index}"
-        call = {"id": call_id, "type": "function", "function": {"name": CALCULATOR.name, "arguments": json.dumps({"expression": expression})}}
+        call = {
+            "id": call_id,
+            "type": "function",
+            "function": {"name": CALCULATOR.name, "arguments": json.dumps({"expression": expression})},
+        }
         thought = f"Need {expression}. Use {CALCULATOR.name}: expression = {expression}."
         messages.append({"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]})
         messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
     if not re.fullmatch(r"-?\d+(\.\d+)?", final) or format_number(evaluate(final)) != messages[-1]["content"]:
         return None
     final = format_number(evaluate(final))
-    messages.append({"role": "assistant", "content": f"The answer is {final}.", "reasoning_content": f"The result is {final}."})
+    messages.append(
+        {"role": "assistant", "content": f"The answer is {final}.", "reasoning_content": f"The result is {final}."}
+    )
     document = Document(messages, [tool.declaration() for tool in BUILTIN.values()][:1], True)
     return Scenario(document, [CALCULATOR], (final,), "gsm8k")
 
@@ -81,5 +89,7 @@ def held_out(data_dir: Path) -> list[Scenario]:
     for question, answer in _problems(data_dir)[-HELD_OUT:]:
         final = answer.partition("####")[2].strip().replace(",", "").replace("$", "")
         messages: list[Message] = [{"role": "user", "content": question.strip()}]
-        scenarios.append(Scenario(Document(messages, [CALCULATOR.declaration()], True), [CALCULATOR], (final,), "gsm8k"))
+        scenarios.append(
+            Scenario(Document(messages, [CALCULATOR.declaration()], True), [CALCULATOR], (final,), "gsm8k")
+        )
     return scenarios

@@ -71,9 +71,14 @@ _PROSE = frozenset(PROSE)
 _ONSETS = "b d f g h k l m n p r s t v z br dr gr kr pl st tr sh ch".split()
 _VOWELS = "a e i o u".split()
 _CODAS = ("", "", "", *"n r l s k m x".split())
-_WIDE_ONSETS = "b c d f g h j k l m n p r s t v w y z bl ch cl cr fl fr gl kn ph pr qu sc sk sl sm sn sp st sw th tw wh wr".split()
+_WIDE_ONSETS = (
+    "b c d f g h j k l m n p r s t v w y z bl ch cl cr fl fr gl kn ph pr qu sc sk sl sm sn sp st sw th tw wh wr".split()
+)
 _WIDE_VOWELS = "a e i o u y ai ay au ea ee ei ie io oa oo ou ow ue".split()
-_WIDE_CODAS = ("", *"b ck d ct ft g gh ld ll lt m mp n nd ng nk nt p pt r rd rk rm rn rt s sh ss st t th tion ty w x z".split())
+_WIDE_CODAS = (
+    "",
+    *"b ck d ct ft g gh ld ll lt m mp n nd ng nk nt p pt r rd rk rm rn rt s sh ss st t th tion ty w x z".split(),
+)
 
 
 def split_of(word: str) -> Split:

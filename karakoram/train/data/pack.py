@@ -54,7 +54,11 @@ def document_samples(fmt: ChatFormat, document: Document) -> list[Sample]:
         ids = [*fmt.tokenizer.encode(document.text), fmt.tokenizer.special_ids["[EOS]"]]
         return [(ids, [WRITTEN_WEIGHT] * len(ids))]
     messages = document.messages
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant" and not message.get("tool_calls")]
+    ends = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and not message.get("tool_calls")
+    ]
     return [_turn_sample(fmt, document, messages[: end + 1]) for end in ends]
 
 
@@ -155,7 +159,12 @@ def build_token_cache(
     if (mix.gsm8k or mix.text) and mix.data_dir is None:
         raise TrainingError("The mix wants GSM8K or text, but no data directory is given.", "Pass --data DIR.")
     path.mkdir(parents=True, exist_ok=True)
-    recipe = {"n_tokens": n_tokens, "seed": seed, "mix": asdict(mix), "ranks": (tokenizer_dir / "tiktoken.model").stat().st_size}
+    recipe = {
+        "n_tokens": n_tokens,
+        "seed": seed,
+        "mix": asdict(mix),
+        "ranks": (tokenizer_dir / "tiktoken.model").stat().st_size,
+    }
     state = _resume(path, recipe)
     if not state["done"]:
         _fill(path, tokenizer_dir, recipe, state, processes, mix, progress)
@@ -169,9 +178,15 @@ def _resume(path: Path, recipe: dict) -> dict:
     if file.exists():
         state = json.loads(file.read_text())
         if state["recipe"] != recipe:
-            raise TrainingError(f"{path} holds a token cache made with other settings.", "Remove it, or choose another directory.")
+            raise TrainingError(
+                f"{path} holds a token cache made with other settings.", "Remove it, or choose another directory."
+            )
     if not state["done"]:
-        for name, size in (("ids", 2 * state["tokens"]), ("weights", state["tokens"]), ("lengths", 8 * state["samples"])):
+        for name, size in (
+            ("ids", 2 * state["tokens"]),
+            ("weights", state["tokens"]),
+            ("lengths", 8 * state["samples"]),
+        ):
             with open(path / f"{name}.part", "ab") as part:
                 part.truncate(size)
     return state
@@ -183,7 +198,15 @@ def _save(path: Path, state: dict) -> None:
     os.replace(temporary, path / "state.json")
 
 
-def _fill(path: Path, tokenizer_dir: Path, recipe: dict, state: dict, processes: int, mix: Mix, progress: Callable[[int, int], None] | None) -> None:
+def _fill(
+    path: Path,
+    tokenizer_dir: Path,
+    recipe: dict,
+    state: dict,
+    processes: int,
+    mix: Mix,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     make = partial(_chunk, mix, recipe["seed"])
     wanted = recipe["n_tokens"]
     with (
@@ -208,14 +231,18 @@ def _fill(path: Path, tokenizer_dir: Path, recipe: dict, state: dict, processes:
                 return
 
 
-def _chunks(make: Callable, first: int, processes: int, tokenizer_dir: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _chunks(
+    make: Callable, first: int, processes: int, tokenizer_dir: Path
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     if processes <= 1:
         _start(str(tokenizer_dir))
         chunk = first
         while True:
             yield make(chunk)
             chunk += 1
-    context = multiprocessing.get_context("spawn")  # a forked copy of a process that already runs torch threads can hang
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked copy of a process that already runs torch threads can hang
     with context.Pool(processes, _start, (str(tokenizer_dir),)) as pool:
         while True:
             yield from pool.imap(make, range(first, first + 4 * processes))
@@ -238,4 +265,8 @@ def open_token_cache(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids (uint16, memory-mapped), weights (uint8, tenths, memory-mapped), offsets (int64): sample n is ids[offsets[n]:offsets[n + 1]]."""
     if not (path / "offsets.npy").exists():
         raise TrainingError(f"{path} holds no finished token cache.", "Build it first; an interrupted one continues.")
-    return np.load(path / "ids.npy", mmap_mode="r"), np.load(path / "weights.npy", mmap_mode="r"), np.load(path / "offsets.npy")
+    return (
+        np.load(path / "ids.npy", mmap_mode="r"),
+        np.load(path / "weights.npy", mmap_mode="r"),
+        np.load(path / "offsets.npy"),
+    )

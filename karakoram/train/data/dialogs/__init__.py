@@ -8,8 +8,8 @@ failing tools are the constants below.
 from collections.abc import Callable
 from random import Random
 
-from karakoram.train.data.dialogs import arithmetic, calendar, chains, files, lists, measures, records, talk
-from karakoram.train.data.dialogs.compose import compose, with_failure
+from karakoram.train.data.dialogs import actions, arithmetic, calendar, chains, files, lists, measures, records, talk
+from karakoram.train.data.dialogs.compose import compose, group_of, with_failure
 from karakoram.train.data.dialogs.task import Task
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split
@@ -26,6 +26,7 @@ FAMILIES: tuple[tuple[float, Callable[[Random, Split], Task], bool], ...] = (
     (0.06, records.table, False),
     (0.09, lists.listing, False),
     (0.05, files.files, False),
+    (0.07, actions.action, False),
     (0.03, talk.small_talk, True),
     (0.03, talk.fact, True),
     (0.02, talk.refusal, True),
@@ -59,11 +60,21 @@ def scenario(seed: int, index: int, split: Split = "train") -> Scenario:
         while demo and not other[2]:
             other = _family(rng)
         second = other[1](rng, split)
-        if second.system is None:
+        if second.system is None and _together(tasks[0], second):
             tasks.append(second)
     if tasks[-1].steps and len(tasks) == 1 and not demo and rng.random() < FAILURE_SHARE:
         tasks[-1] = with_failure(tasks[-1], rng)
     return compose(tasks, rng, split, demo)
+
+
+def _together(first: Task, second: Task) -> bool:
+    """Whether two questions can share their tools without one having two answers."""
+    if "missing_tool" in (first.family, second.family) and "actions" in (first.family, second.family):
+        return False
+    used = [{use.capability.key: use.capability for step in task.steps for use in step} for task in (first, second)]
+    groups = [{group_of(capability) for capability in capabilities.values()} for capabilities in used]
+    same = all(used[0].get(key) is capability for key, capability in used[1].items())
+    return same or not groups[0] & (groups[1] | {group_of(rival) for rival in second.rivals})
 
 
 def generate(seed: int, index: int, split: Split = "train") -> Document:

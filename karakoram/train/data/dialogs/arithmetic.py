@@ -83,9 +83,28 @@ OPERATE = Capability(
         One arithmetic operation on two numbers.""",
     ),
     (
-        Role("first", "number", Phrases("operate.first", "First number\nThe first number\nLeft number\nNumber on the left", "The left number")),
-        Role("second", "number", Phrases("operate.second", "Second number\nThe second number\nRight number\nNumber on the right", "The right number")),
-        Role("operation", "enum", Phrases("operate.operation", "The operation\nWhat to do\nOperation", "Operation to do"), OPERATIONS),
+        Role(
+            "first",
+            "number",
+            Phrases(
+                "operate.first", "First number\nThe first number\nLeft number\nNumber on the left", "The left number"
+            ),
+        ),
+        Role(
+            "second",
+            "number",
+            Phrases(
+                "operate.second",
+                "Second number\nThe second number\nRight number\nNumber on the right",
+                "The right number",
+            ),
+        ),
+        Role(
+            "operation",
+            "enum",
+            Phrases("operate.operation", "The operation\nWhat to do\nOperation", "Operation to do"),
+            OPERATIONS,
+        ),
     ),
     _operate,
     group="numbers",
@@ -275,7 +294,14 @@ def _spoken(rng: Random, split: Split) -> tuple[str, str]:
         swapped = " added to " in phrase
         return question[0].upper() + question[1:], f"{b}+{a}" if swapped else f"{a}{sign}{b}"
     template = _COMMANDS.pick(rng, split)
-    slots = {"a": a, "b": b, "c": number(rng), "p": number(rng, 19) + "05"[rng.random() < 0.5], "s": number(rng, 12), "t": number(rng, 6)}
+    slots = {
+        "a": a,
+        "b": b,
+        "c": number(rng),
+        "p": number(rng, 19) + "05"[rng.random() < 0.5],
+        "s": number(rng, 12),
+        "t": number(rng, 6),
+    }
     if rng.random() < 0.5:
         slots["p"] = rng.choice(("5", "10", "12", "15", "20", "25", "30", "40", "50", "60", "75", "80", "90"))
     question, _, text = template.format_map(slots).partition("|")

@@ -57,8 +57,24 @@ DATE_DIFFERENCE = Capability(
         Count days from one date to another.""",
     ),
     (
-        Role("start", "string", Phrases("date_difference.start", "First date, YYYY-MM-DD\nStart date (YYYY-MM-DD)\nFrom this date\nThe earlier date\nStart", "The first date, YYYY-MM-DD\nThe start date")),
-        Role("end", "string", Phrases("date_difference.end", "Last date, YYYY-MM-DD\nEnd date (YYYY-MM-DD)\nTo this date\nThe later date\nEnd", "The last date, YYYY-MM-DD\nThe end date")),
+        Role(
+            "start",
+            "string",
+            Phrases(
+                "date_difference.start",
+                "First date, YYYY-MM-DD\nStart date (YYYY-MM-DD)\nFrom this date\nThe earlier date\nStart",
+                "The first date, YYYY-MM-DD\nThe start date",
+            ),
+        ),
+        Role(
+            "end",
+            "string",
+            Phrases(
+                "date_difference.end",
+                "Last date, YYYY-MM-DD\nEnd date (YYYY-MM-DD)\nTo this date\nThe later date\nEnd",
+                "The last date, YYYY-MM-DD\nThe end date",
+            ),
+        ),
     ),
     lambda values: str(days_between(values["start"], values["end"])),
 )
@@ -75,7 +91,17 @@ WEEKDAY = Capability(
         """Returns the day of the week of a date.
         The weekday for a date.""",
     ),
-    (Role("date", "string", Phrases("weekday.date", "The date\nDate, YYYY-MM-DD\nISO date\nDay as YYYY-MM-DD\nA date (YYYY-MM-DD)", "Date as YYYY-MM-DD\nThe day")),),
+    (
+        Role(
+            "date",
+            "string",
+            Phrases(
+                "weekday.date",
+                "The date\nDate, YYYY-MM-DD\nISO date\nDay as YYYY-MM-DD\nA date (YYYY-MM-DD)",
+                "Date as YYYY-MM-DD\nThe day",
+            ),
+        ),
+    ),
     lambda values: weekday(values["date"]),
 )
 
@@ -180,7 +206,11 @@ def adding(rng: Random, split: Split) -> Task:
     question = (_BACK if back else _ADD).pick(rng, split, n=days, d=written(rng, when))
     days = -days if back else days
     result = add_days(when.isoformat(), days)
-    use = Use(DATE_ADD, {"date": when.isoformat(), "days": days}, f"Date {when} plus {days} days." if not back else f"Date {when} and {days} days.")
+    use = Use(
+        DATE_ADD,
+        {"date": when.isoformat(), "days": days},
+        f"Date {when} plus {days} days." if not back else f"Date {when} and {days} days.",
+    )
     answer = ("The date is {r}.", "That is {r}.", "It is {r}.")[int(rng.random() * 3)].format(r=result)
     return Task("dates", question, [[use]], answer, (result,))
 
@@ -190,7 +220,9 @@ def difference(rng: Random, split: Split) -> Task:
     second = first + timedelta(days=1 + int(rng.random() * (60 if rng.random() < 0.5 else 900)))
     question = _DIFFERENCE.pick(rng, split, d=written(rng, first), e=written(rng, second))
     result = str((second - first).days)
-    use = Use(DATE_DIFFERENCE, {"start": first.isoformat(), "end": second.isoformat()}, f"Days from {first} to {second}.")
+    use = Use(
+        DATE_DIFFERENCE, {"start": first.isoformat(), "end": second.isoformat()}, f"Days from {first} to {second}."
+    )
     answer = ("That is {r} days.", "There are {r} days.", "It is {r} days.")[int(rng.random() * 3)].format(r=result)
     return Task("dates", question, [[use]], answer, (result,))
 

@@ -75,7 +75,11 @@ def _calculate(text: str) -> tuple[Use, str]:
 def _cost(rng: Random, split: Split) -> Task:
     item, count, price = thing(rng, split), 2 + int(rng.random() * 29), value_of(rng, split, "price")
     said = plural(item)  # look-ups take the name as it is said
-    first = Use(lookup_capability("price", "item", {item: price, plural(item): price}, rng, split), {"name": said}, f"First the price of {said}.")
+    first = Use(
+        lookup_capability("price", "item", {item: price, plural(item): price}, rng, split),
+        {"name": said},
+        f"First the price of {said}.",
+    )
     second, result = _calculate(f"{price}*{count}")
     question = _COST.pick(rng, split, n=count, x=said)
     return Task("chain", question, [[first], [second]], f"{count} {plural(item)} cost {result}.", (result,))
@@ -85,9 +89,19 @@ def _plus(rng: Random, split: Split) -> Task:
     kind, _, names = subject(rng, split)
     key = {"item": "weight", "person": "age", "city": "population"}[kind]
     value, more = value_of(rng, split, key), number(rng)
-    first = Use(lookup_capability(key, kind, {names[0]: value}, rng, split), {"name": names[0]}, f"First the {key} of {names[0]}.")
+    first = Use(
+        lookup_capability(key, kind, {names[0]: value}, rng, split),
+        {"name": names[0]},
+        f"First the {key} of {names[0]}.",
+    )
     second, result = _calculate(f"{value}+{more}")
-    return Task("chain", _SUM_OF.pick(rng, split, k=key, x=names[0], n=more), [[first], [second]], f"The result is {result}.", (result,))
+    return Task(
+        "chain",
+        _SUM_OF.pick(rng, split, k=key, x=names[0], n=more),
+        [[first], [second]],
+        f"The result is {result}.",
+        (result,),
+    )
 
 
 def _weekday_later(rng: Random, split: Split) -> Task:
@@ -98,7 +112,9 @@ def _weekday_later(rng: Random, split: Split) -> Task:
         [Use(WEEKDAY, {"date": later}, f"Now the weekday of {later}.")],
     ]
     result = weekday(later)
-    return Task("chain", _LATER_WEEKDAY.pick(rng, split, n=days, d=when.isoformat()), steps, f"It is a {result}.", (result,))
+    return Task(
+        "chain", _LATER_WEEKDAY.pick(rng, split, n=days, d=when.isoformat()), steps, f"It is a {result}.", (result,)
+    )
 
 
 def _convert_result(rng: Random, split: Split) -> Task:
@@ -109,7 +125,11 @@ def _convert_result(rng: Random, split: Split) -> Task:
     if len(result) > 16 or len(value) > 9:
         return _convert_result(rng, split)
     first = Use(CALCULATE, {"expression": text}, f"First {text}.")
-    second = Use(CONVERT, {"value": json_number(value), "source": source, "target": target}, f"Now convert {value} from {source} to {target}.")
+    second = Use(
+        CONVERT,
+        {"value": json_number(value), "source": source, "target": target},
+        f"Now convert {value} from {source} to {target}.",
+    )
     question = _THEN_CONVERT.pick(rng, split, e=text, s=source, t=target)
     return Task("chain", question, [[first], [second]], f"That is {result} {target}.", (result,))
 
@@ -118,9 +138,13 @@ def _hours(rng: Random, split: Split) -> Task:
     start = day(rng)
     days = 1 + int(rng.random() * 90)
     end = start + timedelta(days=days)
-    first = Use(DATE_DIFFERENCE, {"start": start.isoformat(), "end": end.isoformat()}, f"First the days from {start} to {end}.")
+    first = Use(
+        DATE_DIFFERENCE, {"start": start.isoformat(), "end": end.isoformat()}, f"First the days from {start} to {end}."
+    )
     second, result = _calculate(f"{days}*24")
-    return Task("chain", _WEEKS.pick(rng, split, d=start, e=end), [[first], [second]], f"There are {result} hours.", (result,))
+    return Task(
+        "chain", _WEEKS.pick(rng, split, d=start, e=end), [[first], [second]], f"There are {result} hours.", (result,)
+    )
 
 
 _TWO_SUMS = Phrases(

@@ -18,6 +18,7 @@ from karakoram.train.data.dialogs.distractors import distractor
 from karakoram.train.data.dialogs.lists import LARGEST, SUM
 from karakoram.train.data.dialogs.measures import CONVERT
 from karakoram.train.data.dialogs.phrases import Phrases
+from karakoram.train.data.dialogs.speech import say, spell_numbers
 from karakoram.train.data.dialogs.task import Task, Use
 from karakoram.train.data.documents import Document, Message, Scenario
 from karakoram.train.data.names import Split
@@ -72,7 +73,8 @@ def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenari
     if system is not None:
         talk.messages.append({"role": "system", "content": system})
     for task in tasks:
-        _turn(talk, task)
+        question = spell_numbers(task.question, rng) if task.family == "calculator" else task.question
+        _turn(talk, task, question if task.verbatim else say(question, rng, split))
     tools = [bound_tool.tool for bound_tool in order]
     failure = tasks[-1].failure
     document = Document(talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking)
@@ -89,16 +91,23 @@ def _declare(tasks: list[Task], rng: Random, split: Split, demo: bool) -> tuple[
         for use in (use for step in task.steps for use in step):
             needed[id(use.capability)] = use.capability
     if demo:
-        chosen = list(DEMO) if rng.random() < 0.75 else [key for key in DEMO if key in {c.key for c in needed.values()} or rng.random() < 0.4]
+        chosen = (
+            list(DEMO)
+            if rng.random() < 0.75
+            else [key for key in DEMO if key in {c.key for c in needed.values()} or rng.random() < 0.4]
+        )
         return DEMO, [DEMO[key] for key in chosen]
     if all(task.bare for task in tasks):
         return {}, []
-    groups = {capability.group or capability.key for capability in needed.values()}
+    groups = {group_of(capability) for capability in needed.values()}
     extra: list[Capability] = [rival for task in tasks for rival in task.rivals if rng.random() < 0.4]
+    actions = all(task.family != "missing_tool" for task in tasks)  # nothing that could do what is refused
     want = (0, 0, 1, 1, 1, 2, 2, 3)[int(rng.random() * 8)]
     while len(extra) < want:
-        candidate = distractor(rng, split) if rng.random() < 0.4 else _COMPANY[int(rng.random() * len(_COMPANY))]
-        group = candidate.group or candidate.key
+        candidate = (
+            distractor(rng, split) if actions and rng.random() < 0.5 else _COMPANY[int(rng.random() * len(_COMPANY))]
+        )
+        group = group_of(candidate)
         if candidate.key == "distractor" or group not in groups:
             groups.add(group)
             extra.append(candidate)
@@ -112,12 +121,17 @@ def _declare(tasks: list[Task], rng: Random, split: Split, demo: bool) -> tuple[
     return bound, order
 
 
+def group_of(capability: Capability) -> str:
+    """Tools of one group could answer the same question."""
+    return capability.group or capability.key
+
+
 def _of(talk: _Talk, use: Use) -> Bound:
     return talk.bound.get(str(id(use.capability))) or talk.bound[use.capability.key]
 
 
-def _turn(talk: _Talk, task: Task) -> None:
-    talk.messages.append({"role": "user", "content": task.question})
+def _turn(talk: _Talk, task: Task, question: str) -> None:
+    talk.messages.append({"role": "user", "content": question})
     result = ""
     failure = task.failure
     for step in task.steps:
@@ -165,7 +179,9 @@ def _call(talk: _Talk, step: list[Use], results: list[str] | None) -> str:
 
 
 def _thought(use: Use, bound: Bound, arguments: dict[str, Any]) -> str:
-    values = ", ".join(f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in arguments.items())
+    values = ", ".join(
+        f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in arguments.items()
+    )
     return f"{use.thought} Use {bound.tool.name}: {values}."
 
 

@@ -3,6 +3,7 @@
 from random import Random
 from typing import Any
 
+from karakoram.train.data.dialogs.actions import ACTIONS
 from karakoram.train.data.dialogs.capability import Capability, Role
 from karakoram.train.data.dialogs.phrases import Phrases
 from karakoram.train.data.dialogs.records import Fixed
@@ -10,19 +11,9 @@ from karakoram.train.data.names import Split
 
 _ABOUTS = Phrases(
     "distractors.about",
-    """Send an email.
-    Send a message to a person.
-    Play a song.
-    Get the weather of a city.
-    Book a flight.
-    Translate a text.
-    Turn a light on or off.
-    Set an alarm.
-    Take a picture.
-    Search the web.
+    """Take a picture.
     Order food.
     Draw an image.
-    Set a reminder.
     Make a phone call.
     Print a page.
     Post on social media.
@@ -35,12 +26,12 @@ _ABOUTS = Phrases(
     Delete a user.
     Check the spelling of a text.
     Roll a die.""",
-    """Sends a message by email.
-    Plays music.
-    Returns the weather for a city.
-    Book a hotel.
-    Search for a song.
-    Write a text.""",
+    """Makes a photo.
+    Calls a person.
+    Prints a letter.
+    Shows the news.
+    Writes a story.
+    Opens the window.""",
 )
 _ARGUMENTS = Phrases(
     "distractors.argument",
@@ -67,9 +58,13 @@ def _nothing(values: dict[str, Any]) -> str:
 
 
 def distractor(rng: Random, split: Split) -> Capability:
-    """A capability with one or two arguments that no question asks for."""
+    """A capability that no question of the dialog asks for: an action of another kind, or a made-up one."""
+    if rng.random() < 0.5:
+        action = ACTIONS[int(rng.random() * len(ACTIONS))]
+        return Capability(action.key, action.about, action.roles, _nothing)
     kinds = ("string", "string", "string", "integer", "boolean")
     roles = tuple(
-        Role(str(index), kinds[int(rng.random() * 5)], Fixed(_ARGUMENTS.pick(rng, split))) for index in range(1 if rng.random() < 0.6 else 2)
+        Role(str(index), kinds[int(rng.random() * 5)], Fixed(_ARGUMENTS.pick(rng, split)))
+        for index in range(1 if rng.random() < 0.6 else 2)
     )
     return Capability("distractor", Fixed(_ABOUTS.pick(rng, split)), roles, _nothing)

@@ -9,7 +9,9 @@ from karakoram.train.data.dialogs.phrases import Phrases
 from karakoram.train.data.dialogs.task import Task, Use
 from karakoram.train.data.names import Split, english, syllables
 
-_FOLDER = Phrases("files.folder", "The folder\nFolder to list\nPath of the folder\nDirectory", "Path of a folder\nThe directory")
+_FOLDER = Phrases(
+    "files.folder", "The folder\nFolder to list\nPath of the folder\nDirectory", "Path of a folder\nThe directory"
+)
 _FILE = Phrases("files.file", "The file\nFile to read\nPath of the file\nFile name", "Path of a file\nName of the file")
 _LIST_ABOUT = Phrases(
     "files.list.about",
@@ -78,7 +80,9 @@ def _reader(key: str, about: Phrases, argument: Phrases, content: dict[str, str]
 def files(rng: Random, split: Split) -> Task:
     folder = _name(rng, split) if rng.random() < 0.6 else f"{_name(rng, split)}/{_name(rng, split)}"
     names = [_file(rng, split) for _ in range(2 + int(rng.random() * 3))]
-    fact = _FACTS[int(rng.random() * 4)].format(w=_name(rng, split), v=str(10 + int(rng.random() * 9990)) if rng.random() < 0.6 else _name(rng, split))
+    fact = _FACTS[int(rng.random() * 4)].format(
+        w=_name(rng, split), v=str(10 + int(rng.random() * 9990)) if rng.random() < 0.6 else _name(rng, split)
+    )
     roll = rng.random()
     only = names[0]
     listing = _reader("files_list", _LIST_ABOUT, _FOLDER, {folder: only if roll >= 0.75 else ", ".join(names)})
@@ -87,9 +91,13 @@ def files(rng: Random, split: Split) -> Task:
     if roll < 0.4:
         use = Use(listing, {"path": folder}, f"List the folder {folder}.")
         text = ", ".join(names)
-        return Task("files", _ASK_LIST.pick(rng, split, f=folder), [[use]], f"The files are {text}.", (text,), rivals=(reading,))
+        return Task(
+            "files", _ASK_LIST.pick(rng, split, f=folder), [[use]], f"The files are {text}.", (text,), rivals=(reading,)
+        )
     use = Use(reading, {"path": path}, f"Read the file {path}.")
     if roll < 0.75:
-        return Task("files", _ASK_READ.pick(rng, split, f=path), [[use]], f"It says: {fact}", (fact,), rivals=(listing,))
+        return Task(
+            "files", _ASK_READ.pick(rng, split, f=path), [[use]], f"It says: {fact}", (fact,), rivals=(listing,)
+        )
     first = Use(listing, {"path": folder}, f"First list the folder {folder}.")
     return Task("files", _ASK_ONLY.pick(rng, split, f=folder), [[first], [use]], f"It says: {fact}", (fact,))

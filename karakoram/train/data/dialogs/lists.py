@@ -17,7 +17,11 @@ _NUMBERS = Role(
     "numbers",
     Phrases("lists.numbers", "The numbers\nList of numbers\nNumbers\nThe list", "The list of numbers\nAll numbers"),
 )
-_WORDS = Role("words", "strings", Phrases("lists.words", "The words\nList of words\nWords\nThe list of words", "All words\nA list of words"))
+_WORDS = Role(
+    "words",
+    "strings",
+    Phrases("lists.words", "The words\nList of words\nWords\nThe list of words", "All words\nA list of words"),
+)
 
 
 def _fractions(values: dict[str, Any]) -> list[Fraction]:
@@ -27,17 +31,65 @@ def _fractions(values: dict[str, Any]) -> list[Fraction]:
     return numbers
 
 
-def _capability(key: str, train: str, evaluation: str, compute: Any, role: Role = _NUMBERS, plain: bool = True) -> Capability:
-    return Capability(f"list_{key}", Phrases(f"lists.{key}.about", train, evaluation), (role,), compute, "numbers" if role is _NUMBERS else "words", plain)
+def _capability(
+    key: str, train: str, evaluation: str, compute: Any, role: Role = _NUMBERS, plain: bool = True
+) -> Capability:
+    return Capability(
+        f"list_{key}",
+        Phrases(f"lists.{key}.about", train, evaluation),
+        (role,),
+        compute,
+        "numbers" if role is _NUMBERS else "words",
+        plain,
+    )
 
 
-SUM = _capability("sum", "Add up a list of numbers.\nSum of a list.\nReturns the total of numbers.\nTotal of a list of numbers.", "Returns the sum of a list of numbers.\nAdd all numbers of a list.", lambda v: format_number(sum(_fractions(v), Fraction(0))))
-LARGEST = _capability("largest", "Find the largest number of a list.\nReturns the maximum of numbers.\nLargest of a list of numbers.\nThe biggest number in a list.", "Returns the largest number in a list.\nMaximum of a list.", lambda v: format_number(max(_fractions(v))))
-SMALLEST = _capability("smallest", "Find the smallest number of a list.\nReturns the minimum of numbers.\nSmallest of a list of numbers.\nThe lowest number in a list.", "Returns the smallest number in a list.\nMinimum of a list.", lambda v: format_number(min(_fractions(v))))
-AVERAGE = _capability("average", "Average of a list of numbers.\nReturns the mean of numbers.\nCompute the average of numbers.\nMean of a list.", "Returns the average of a list of numbers.\nThe mean of all numbers.", lambda v: format_number(sum(_fractions(v), Fraction(0)) / len(v["numbers"])))
-SORT = _capability("sort", "Sort a list of numbers.\nSorts numbers from small to large.\nReturns the numbers in order.\nPut numbers in order.", "Returns the sorted list of numbers.\nSort numbers in order.", lambda v: ", ".join(format_number(n) for n in sorted(_fractions(v))), plain=False)
-COUNT = _capability("count", "Count the words of a list.\nReturns how many words a list has.\nNumber of words in a list.", "Counts words in a list.\nHow many words there are.", lambda v: str(len(v["words"])), _WORDS)
-ORDER = _capability("order", "Sort words by the alphabet.\nPut words in alphabetical order.\nReturns words from A to Z.", "Sorts a list of words from A to Z.\nAlphabetical order of words.", lambda v: ", ".join(sorted(v["words"])), _WORDS, plain=False)
+SUM = _capability(
+    "sum",
+    "Add up a list of numbers.\nSum of a list.\nReturns the total of numbers.\nTotal of a list of numbers.",
+    "Returns the sum of a list of numbers.\nAdd all numbers of a list.",
+    lambda v: format_number(sum(_fractions(v), Fraction(0))),
+)
+LARGEST = _capability(
+    "largest",
+    "Find the largest number of a list.\nReturns the maximum of numbers.\nLargest of a list of numbers.\nThe biggest number in a list.",
+    "Returns the largest number in a list.\nMaximum of a list.",
+    lambda v: format_number(max(_fractions(v))),
+)
+SMALLEST = _capability(
+    "smallest",
+    "Find the smallest number of a list.\nReturns the minimum of numbers.\nSmallest of a list of numbers.\nThe lowest number in a list.",
+    "Returns the smallest number in a list.\nMinimum of a list.",
+    lambda v: format_number(min(_fractions(v))),
+)
+AVERAGE = _capability(
+    "average",
+    "Average of a list of numbers.\nReturns the mean of numbers.\nCompute the average of numbers.\nMean of a list.",
+    "Returns the average of a list of numbers.\nThe mean of all numbers.",
+    lambda v: format_number(sum(_fractions(v), Fraction(0)) / len(v["numbers"])),
+)
+SORT = _capability(
+    "sort",
+    "Sort a list of numbers.\nSorts numbers from small to large.\nReturns the numbers in order.\nPut numbers in order.",
+    "Returns the sorted list of numbers.\nSort numbers in order.",
+    lambda v: ", ".join(format_number(n) for n in sorted(_fractions(v))),
+    plain=False,
+)
+COUNT = _capability(
+    "count",
+    "Count the words of a list.\nReturns how many words a list has.\nNumber of words in a list.",
+    "Counts words in a list.\nHow many words there are.",
+    lambda v: str(len(v["words"])),
+    _WORDS,
+)
+ORDER = _capability(
+    "order",
+    "Sort words by the alphabet.\nPut words in alphabetical order.\nReturns words from A to Z.",
+    "Sorts a list of words from A to Z.\nAlphabetical order of words.",
+    lambda v: ", ".join(sorted(v["words"])),
+    _WORDS,
+    plain=False,
+)
 _NUMERIC = (SUM, LARGEST, SMALLEST, AVERAGE, SORT)
 
 _ASK = {
@@ -118,7 +170,15 @@ _ASK = {
         I have the words {l}. Sort them from A to Z.""",
     ),
 }
-_THOUGHTS = {SUM.key: "Sum", LARGEST.key: "Largest", SMALLEST.key: "Smallest", AVERAGE.key: "Average", SORT.key: "Sort the numbers", COUNT.key: "Count the words", ORDER.key: "Sort the words"}
+_THOUGHTS = {
+    SUM.key: "Sum",
+    LARGEST.key: "Largest",
+    SMALLEST.key: "Smallest",
+    AVERAGE.key: "Average",
+    SORT.key: "Sort the numbers",
+    COUNT.key: "Count the words",
+    ORDER.key: "Sort the words",
+}
 _ANSWERS = {
     SUM.key: "The sum is {r}.",
     LARGEST.key: "The largest is {r}.",
@@ -142,7 +202,10 @@ def listing(rng: Random, split: Split) -> Task:
     if rng.random() < 0.75:
         capability = _NUMERIC[int(rng.random() * len(_NUMERIC))]
         top = 30 if rng.random() < 0.5 else 500
-        items = [f"{rng.random() * top:.1f}" if rng.random() < 0.08 else str(1 + int(rng.random() * top)) for _ in range(size)]
+        items = [
+            f"{rng.random() * top:.1f}" if rng.random() < 0.08 else str(1 + int(rng.random() * top))
+            for _ in range(size)
+        ]
         values: dict[str, Any] = {"numbers": [json_number(item) for item in items]}
         rivals = tuple(other for other in _NUMERIC if other is not capability)
     else:

@@ -26,9 +26,33 @@ CONVERT = Capability(
         Unit converter for a value.""",
     ),
     (
-        Role("value", "number", Phrases("convert.value", "The value\nValue to convert\nHow much\nQuantity\nThe number to convert\nAmount in the first unit", "Quantity to convert\nThe number")),
-        Role("source", "string", Phrases("convert.source", "Unit of the value\nUnit to convert from\nFrom this unit\nThe unit it is in\nFirst unit\nSource unit", "The unit of the value\nConvert from this unit")),
-        Role("target", "string", Phrases("convert.target", "Unit wanted\nUnit to convert to\nTo this unit\nThe unit it should be in\nSecond unit\nTarget unit", "The unit wanted\nConvert to this unit")),
+        Role(
+            "value",
+            "number",
+            Phrases(
+                "convert.value",
+                "The value\nValue to convert\nHow much\nQuantity\nThe number to convert\nAmount in the first unit",
+                "Quantity to convert\nThe number",
+            ),
+        ),
+        Role(
+            "source",
+            "string",
+            Phrases(
+                "convert.source",
+                "Unit of the value\nUnit to convert from\nFrom this unit\nThe unit it is in\nFirst unit\nSource unit",
+                "The unit of the value\nConvert from this unit",
+            ),
+        ),
+        Role(
+            "target",
+            "string",
+            Phrases(
+                "convert.target",
+                "Unit wanted\nUnit to convert to\nTo this unit\nThe unit it should be in\nSecond unit\nTarget unit",
+                "The unit wanted\nConvert to this unit",
+            ),
+        ),
     ),
     lambda values: format_number(convert(values["value"], values["source"], values["target"])),
 )
@@ -87,6 +111,10 @@ def conversion(rng: Random, split: Split) -> Task:
     if len(result) > 16:
         return conversion(rng, split)
     question = _ASK.pick(rng, split, v=value, s=source, t=target, p=person(rng, split))
-    use = Use(CONVERT, {"value": json_number(value), "source": source, "target": target}, f"Convert {value} from {source} to {target}.")
+    use = Use(
+        CONVERT,
+        {"value": json_number(value), "source": source, "target": target},
+        f"Convert {value} from {source} to {target}.",
+    )
     answer = ("{v} {s} is {r} {t}.", "That is {r} {t}.", "{v} {s} = {r} {t}.")[int(rng.random() * 3)]
     return Task("units", question, [[use]], answer.format(v=value, s=source, t=target, r=result), (result,))

@@ -2,13 +2,16 @@
 
 Every sentence that a model reads in a dialog (questions, descriptions of tools and arguments, system prompts) comes from a
 `Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over `ALL`.
-Slots are written `{name}` and filled with `str.format_map`.
+Slots are written `{name}` and filled with `str.format_map`; `[has|owns]` is a choice, made anew each time.
 """
 
+import re
 from random import Random
 from typing import Any
 
 from karakoram.train.data.names import Split
+
+_CHOICE = re.compile(r"\[([^\]]*)\]")
 
 ALL: dict[str, "Phrases"] = {}
 
@@ -20,7 +23,8 @@ class Phrases:
         """Both lists as text, one template per line; `name` must be new."""
         lines = {"train": train, "eval": evaluation}
         self.of: dict[str, tuple[str, ...]] = {
-            split: tuple(line.strip() for line in text.strip().splitlines() if line.strip()) for split, text in lines.items()
+            split: tuple(line.strip() for line in text.strip().splitlines() if line.strip())
+            for split, text in lines.items()
         }
         assert name not in ALL, name
         ALL[name] = self
@@ -29,4 +33,6 @@ class Phrases:
         """One template at random, filled."""
         choices = self.of[split]
         template = choices[int(rng.random() * len(choices))]
+        if "[" in template:
+            template = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
         return template.format_map(slots) if slots else template

@@ -37,7 +37,9 @@ _ALL = Phrases(
     """Returns all data of a {w}.
     The record of one {w}.""",
 )
-_NAME = Phrases("records.name", "Name of the {w}\nThe {w}\nWhich {w}\n{w} name\nName", "The name of the {w}\nFull {w} name")
+_NAME = Phrases(
+    "records.name", "Name of the {w}\nThe {w}\nWhich {w}\n{w} name\nName", "The name of the {w}\nFull {w} name"
+)
 _ASK = Phrases(
     "records.ask",
     """What is the {k} of {x}?
@@ -158,7 +160,9 @@ class Fixed(Phrases):
 
 
 def _answer(rng: Random, key: str, who: str, result: str) -> str:
-    return ("The {k} of {x} is {r}.", "The {k} is {r}.", "It is {r}.", "The {k} of {x} is {r}.")[int(rng.random() * 4)].format(k=key, x=who, r=result)
+    return ("The {k} of {x} is {r}.", "The {k} is {r}.", "It is {r}.", "The {k} of {x} is {r}.")[
+        int(rng.random() * 4)
+    ].format(k=key, x=who, r=result)
 
 
 def lookup(rng: Random, split: Split) -> Task:
@@ -178,14 +182,24 @@ def lookup(rng: Random, split: Split) -> Task:
         rivals: tuple[Capability, ...] = ()
     else:
         capability = lookup_capability(key, kind, {name: value}, rng, split)
-        rivals = tuple(lookup_capability(other, kind, {name: value_of(rng, split, other)}, rng, split) for other in others)
+        rivals = tuple(
+            lookup_capability(other, kind, {name: value_of(rng, split, other)}, rng, split) for other in others
+        )
     use = Use(capability, {"name": name}, f"Need the {key} of {name}.")
     question = _ASK.pick(rng, split, k=key, x=who)
     question = question[0].upper() + question[1:]
     if rng.random() < 0.05:  # the tool does not know it
         missing = lookup_capability("" if whole else key, kind, {names[1]: value}, rng, split)
         use = Use(missing, {"name": name}, use.thought)
-        return Task("lookup", question, [[use]], f"I could not find {name}.", (name, "could not"), thought="Not found.", rivals=rivals)
+        return Task(
+            "lookup",
+            question,
+            [[use]],
+            f"I could not find {name}.",
+            (name, "could not"),
+            thought="Not found.",
+            rivals=rivals,
+        )
     result = str(value)
     return Task("lookup", question, [[use]], _answer(rng, key, who, result), (result,), rivals=rivals)
 
@@ -201,9 +215,15 @@ def table(rng: Random, split: Split) -> Task:
     if roll < 0.4:
         text = json.dumps([{"name": name, **record} for name, record in records.items()], ensure_ascii=False)
     elif roll < 0.7:
-        text = "; ".join(f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items()) for name, record in records.items())
+        text = "; ".join(
+            f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items())
+            for name, record in records.items()
+        )
     else:
-        text = " ".join(f"{name} has {' and '.join(f'{key} {value}' for key, value in record.items())};" for name, record in records.items()).rstrip(";")
+        text = " ".join(
+            f"{name} has {' and '.join(f'{key} {value}' for key, value in record.items())};"
+            for name, record in records.items()
+        ).rstrip(";")
     name, key = rng.choice(names), rng.choice(keys)
     who, result = spoken(kind, name, rng), str(records[name][key])
     question = _ASK.pick(rng, split, k=key, x=who)
@@ -211,5 +231,14 @@ def table(rng: Random, split: Split) -> Task:
     answer = _answer(rng, key, who, result)
     thought = f"The data says {name}: {key} {result}. No tool needed."
     if rng.random() < 0.4:
-        return Task("no_tool", question, [], answer, (result,), thought, system=_TABLE_SYSTEM.pick(rng, split, t=text))
-    return Task("no_tool", _TABLE.pick(rng, split, t=text, q=question), [], answer, (result,), thought)
+        return Task(
+            "no_tool",
+            question,
+            [],
+            answer,
+            (result,),
+            thought,
+            system=_TABLE_SYSTEM.pick(rng, split, t=text),
+            verbatim=True,
+        )
+    return Task("no_tool", _TABLE.pick(rng, split, t=text, q=question), [], answer, (result,), thought, verbatim=True)

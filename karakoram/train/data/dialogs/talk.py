@@ -182,15 +182,31 @@ _CANNOT_ANSWERS = ("I cannot do that: no tool fits.", "I cannot do that with my 
 def small_talk(rng: Random, split: Split) -> Task:
     questions, answers, expected, thought = _SMALL_TALK[min(4, int(rng.random() * 7) % 5 if rng.random() < 0.6 else 0)]
     answer = answers[int(rng.random() * len(answers))]
-    return Task("talk", questions.pick(rng, split), [], answer, expected, f"{thought} No tool needed.", bare=rng.random() < 0.5)
+    return Task(
+        "talk", questions.pick(rng, split), [], answer, expected, f"{thought} No tool needed.", bare=rng.random() < 0.5
+    )
 
 
 def fact(rng: Random, split: Split) -> Task:
     """A question that carries its own answer."""
     slots = {"p": person(rng, split), "q": person(rng, split), "c": place(rng, split), "d": place(rng, split)}
-    slots |= {"x": thing(rng, split), "y": english(rng, split, "noun"), "n": 10 + int(rng.random() * 9990), "m": 10 + int(rng.random() * 80)}
+    slots |= {
+        "x": thing(rng, split),
+        "y": english(rng, split, "noun"),
+        "n": 10 + int(rng.random() * 9990),
+        "m": 10 + int(rng.random() * 80),
+    }
     question, answer, expected = _FACT.pick(rng, split).format_map(slots).split("|")
-    return Task("no_tool", question, [], answer, (expected,), "The question says it. No tool needed.", bare=rng.random() < 0.2)
+    return Task(
+        "no_tool",
+        question,
+        [],
+        answer,
+        (expected,),
+        "The question says it. No tool needed.",
+        verbatim=True,
+        bare=rng.random() < 0.2,
+    )
 
 
 def refusal(rng: Random, split: Split) -> Task:

@@ -31,6 +31,6 @@ class Task:
     thought: str = ""  # before the final answer; a default is written when empty
     system: str | None = None
     rivals: tuple[Capability, ...] = ()
-    alone: bool = False  # declare no distractors
+    verbatim: bool = False  # the question ends in free text that is copied: nothing is said around it
     failure: str | None = None  # the first call returns this error once, and is made again
     bare: bool = field(default=False)  # no tools at all

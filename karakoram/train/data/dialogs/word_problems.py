@@ -13,35 +13,35 @@ PROBLEMS = Phrases(
     "word_problems",
     """I have {a} boxes of {b} {x}, how many {x}?|{a}*{b}|{x}
     I have {a} boxes with {b} {x} each. How many {x} do I have?|{a}*{b}|{x}
-    There are {a} bags with {b} {x} in each bag. How many {x} are there in total?|{a}*{b}|{x}
-    {p} has {a} {x} and buys {b} more. How many {x} does {p} have now?|{a}+{b}|{x}
-    {p} has {a} {x} and {q} has {b} {x}. How many {x} do they have together?|{a}+{b}|{x}
-    {p} had {m} {x} and gave {n} to {q}. How many {x} are left?|{m}-{n}|{x}
-    {p} has {m} {x}. {q} takes {n} of them. How many {x} does {p} still have?|{m}-{n}|{x}
-    {p} has {m} {x} and loses {n}. How many remain?|{m}-{n}|{x}
-    {m} {x} are shared equally by {s} people. How many {x} does each get?|{m}/{s}|{x}
+    [There are|{p} has|I have|We have|A shop has] {a} [bags|boxes|packs|baskets|groups|jars|rows|bowls] [with|of|holding] {b} {x} [each|in each]. How many {x} [are there in total?|is that?|are there?|in total?|are there in all?]|{a}*{b}|{x}
+    {p} [has|owns|had|starts with] {a} {x} and [buys|gets|finds|makes|wins|picks|receives] {b} more. [How many {x} does {p} have now?|How many {x} are there now?|How many {x} is that?|How many does {p} have in total?]|{a}+{b}|{x}
+    {p} [has|owns|found|sold|ate|made] {a} {x} and {q} [has|owns|found|sold|ate|made] {b} {x}. How many {x} [do they have together?|is that together?|are there in all?|is that in total?]|{a}+{b}|{x}
+    {p} had {m} {x} and [gave|sold|lent|sent] {n} to {q}. [How many {x} are left?|How many {x} does {p} have now?|How many are left?|How many {x} remain?]|{m}-{n}|{x}
+    {p} has {m} {x}. {q} [takes|eats|breaks|steals|buys] {n} of them. How many {x} [does {p} still have?|are left?|does {p} have left?]|{m}-{n}|{x}
+    [{p} has|There are|I have|We have] {m} {x} and [{n} are lost|{n} break|{n} are sold|{n} are eaten|{n} go away]. How many [remain?|are left?|{x} are left?]|{m}-{n}|{x}
+    {m} {x} are [shared|divided|split] [equally by|equally among|among|between] {s} [people|children|friends|players|students|dogs|boxes]. How many {x} [does each get?|for each?|does each one get?]|{m}/{s}|{x}
     {p} wants to put {m} {x} into {s} boxes equally. How many go in each box?|{m}/{s}|{x}
-    One {o} costs {d} dollars. How much do {a} {x} cost?|{a}*{d}|dollars
+    [One|A|Each] {o} [costs|is] {d} dollars. [How much do {a} {x} cost?|What do {a} {x} cost?|How much are {a} {x}?|How much for {a} {x}?|What is the price of {a}?]|{a}*{d}|dollars
     A {o} costs ${d}. How much are {a} {x}?|{a}*{d}|dollars
     If one {o} costs {d} dollars, what do {a} {x} cost?|{a}*{d}|dollars
-    {p} buys {a} {x} at {d} dollars each. How much does {p} pay?|{a}*{d}|dollars
+    {p} [buys|gets|orders|wants] {a} {x} [at|for] {d} dollars each. [How much does {p} pay?|What does {p} pay?|How much is that?|What is the total?|How much money is that?]|{a}*{d}|dollars
     {p} pays {m} dollars for {s} {x}. What does one {o} cost?|{m}/{s}|dollars
     {p} buys {a} {x} for {d} dollars each and pays with {k} dollars. How much change?|{k}-{a}*{d}|dollars
     I buy {a} {x} for ${d} each and a {z} for ${e}. What is the total?|{a}*{d}+{e}|dollars
-    {p} earns {b} dollars an hour and works {a} hours. How much money is that?|{b}*{a}|dollars
+    {p} [earns|makes|gets] {b} dollars [an|per] hour and works {a} hours. [How much money is that?|How much does {p} earn?|What is the pay?]|{b}*{a}|dollars
     {p} earns {b} dollars per day. How much does {p} earn in {a} days?|{b}*{a}|dollars
-    A car drives {b} km per hour. How far does it go in {a} hours?|{b}*{a}|km
+    A [car|bus|bike|truck|ship|plane] [drives|goes|moves] [{b} km per hour|at {b} km per hour|{b} miles per hour]. [How far does it go in {a} hours?|How far in {a} hours?|How far does it get in {a} hours?]|{b}*{a}|km
     A train goes {b} km in one hour. How many km does it go in {a} hours?|{b}*{a}|km
     {p} walks {d} km every day. How many km in {a} days?|{d}*{a}|km
-    {p} reads {b} pages a day. How many pages in {a} days?|{b}*{a}|pages
+    {p} [reads|writes|prints] {b} pages [a|every|per] day. How many pages [in {a} days?|does {p} read in {a} days?|is that in {a} days?]|{b}*{a}|pages
     A book has {m} pages and {p} has read {n}. How many pages are left?|{m}-{n}|pages
     {p} saves {b} dollars each week. How much after {a} weeks?|{b}*{a}|dollars
-    {p} has {k} dollars and spends {n}. How much money is left?|{k}-{n}|dollars
+    [{p} has|{p} had|I had|I have|We had] {k} dollars and [spends|spent|paid|lost] {n}. How much [money is left?|is left?|money do I have left?|money does {p} have left?]|{k}-{n}|dollars
     A room is {a} meters long and {b} meters wide. What is its area?|{a}*{b}|square meters
     A garden is {a} m by {b} m. What is the area?|{a}*{b}|square meters
     A field is {a} meters long and {b} meters wide. What is the perimeter?|2*({a}+{b})|meters
     A square has sides of {b} cm. What is its perimeter?|4*{b}|cm
-    There are {a} rows with {b} seats each. How many seats?|{a}*{b}|seats
+    [There are|A hall has|A cinema has|We have] {a} rows with {b} [seats|chairs] each. How many [seats?|seats are there?|seats is that?|chairs are there?]|{a}*{b}|seats
     There are {a} shelves with {b} {x} on each, and {c} more on the floor. How many {x} in all?|{a}*{b}+{c}|{x}
     {p} has {a} bags of {b} {x} and gives away {n}. How many {x} are left?|{a}*{b}-{n}|{x}
     {p} bakes {m} {x} and sells {n}. The rest go into {s} boxes. How many per box?|({m}-{n})/{s}|{x}
@@ -57,11 +57,11 @@ PROBLEMS = Phrases(
     {p} is {m} years old and {q} is {n} years younger. How old is {q}?|{m}-{n}|years
     {p} has {a} {x}. {q} has {s} times as many. How many does {q} have?|{a}*{s}|{x}
     {p} has twice as many {x} as {q}, who has {a}. How many does {p} have?|{a}*2|{x}
-    A {o} costs {k} dollars. It is {t}% off. How much do I save?|{k}*{t}/100|dollars
+    A {o} costs {k} dollars[. It is|, and it is| and is] {t}% [off|cheaper]. How much [do I save?|is saved?|money do I save?]|{k}*{t}/100|dollars
     A {o} costs {k} dollars and is {t}% cheaper today. What is the new price?|{k}-{k}*{t}/100|dollars
     The price of a {o} is {k} dollars plus {t}% tax. What is the total price?|{k}+{k}*{t}/100|dollars
     The bill is {k} dollars. How much is a {t}% tip?|{k}*{t}/100|dollars
-    {s} friends split a bill of {m} dollars. How much does each pay?|{m}/{s}|dollars
+    {s} [friends|people|men|women] [split|share] a bill of {m} dollars. [How much does each pay?|What does each pay?|How much is it for each?]|{m}/{s}|dollars
     We are {s} people and the bill is {m} dollars. What does each of us pay?|{m}/{s}|dollars
     {p} runs {d} km on Monday and {e} km on Tuesday. How far is that in total?|{d}+{e}|km
     It was {m} degrees and it dropped by {n} degrees. What is the temperature now?|{m}-{n}|degrees
@@ -76,7 +76,7 @@ PROBLEMS = Phrases(
     A box weighs {d} kg. What do {a} boxes weigh?|{a}*{d}|kg
     We need {m} {x} and have {n}. How many more do we need?|{m}-{n}|{x}
     {p} drove {m} km with {s} liters. How many km per liter?|{m}/{s}|km
-    Each of {a} children gets {b} {x}. How many {x} do we need?|{a}*{b}|{x}
+    [Each of {a} children gets|There are {a} children and each gets|{a} people each need|We have {a} guests and each eats] {b} {x}. How many {x} [do we need?|are needed?|is that?]|{a}*{b}|{x}
     If {s} {x} cost {m} dollars, how much is one {o}?|{m}/{s}|dollars
     {p} types {b} words per minute. How many words in {a} minutes?|{a}*{b}|words
     My rent is {k} dollars a month. What do I pay in a year?|{k}*12|dollars
@@ -105,7 +105,13 @@ def word_problem(rng: Random, split: Split) -> tuple[str, str, str]:
     item, other = _noun(rng, split), _noun(rng, split)
     each = small(11)
     more = 20 + small(400) if rng.random() < 0.8 else 20 + small(4000)
-    price = str(small(20)) if rng.random() < 0.6 else f"{1 + rng.random() * 20:.2f}" if rng.random() < 0.6 else f"{small(9)}.5"
+    price = (
+        str(small(20))
+        if rng.random() < 0.6
+        else f"{1 + rng.random() * 20:.2f}"
+        if rng.random() < 0.6
+        else f"{small(9)}.5"
+    )
     slots = {
         "p": person(rng, split), "q": person(rng, split),
         "o": item, "x": plural(item), "z": other, "w": plural(other),
