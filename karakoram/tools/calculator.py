@@ -48,7 +48,10 @@ def evaluate(expression: str) -> Fraction:
 
 def _value(node: ast.expr, text: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        literal = ast.get_source_segment(text, node) or ""
+        literal = (ast.get_source_segment(text, node) or "").lower()
+        exponent = literal.partition("e")[2].lstrip("+-0")
+        if len(exponent) > 2 or int(exponent or 0) > MAX_EXPONENT:  # before 1e99999999 becomes a number
+            raise ToolError(f"exponents must be whole and at most {MAX_EXPONENT}")
         return _bounded(Fraction(literal.replace("_", "")))  # from the text, so that 0.1 is one tenth
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
         value = _value(node.operand, text)

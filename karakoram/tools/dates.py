@@ -1,5 +1,6 @@
 """Dates in ISO form (YYYY-MM-DD): add days, count days between two dates, name the weekday."""
 
+import re
 from datetime import date, timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ MAX_DAYS = 3_000_000
 def parse_date(text: str) -> date:
     """Raises ToolError, saying the form that is wanted."""
     try:
-        if len(text) != 10:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):  # fromisoformat also takes week dates
             raise ValueError
         return date.fromisoformat(text)
     except ValueError:

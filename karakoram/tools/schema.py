@@ -90,7 +90,8 @@ def _bounds(schema: dict[str, Any], value: Any, path: str) -> list[str]:
     if isinstance(value, str):
         if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
             return [f"{path}: wrong length"]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value < schema.get("minimum", value) or value > schema.get("maximum", value):
-            return [f"{path}: out of range"]
-    return []
+        return []
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return []
+    inside = schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    return [] if inside else [f"{path}: out of range"]

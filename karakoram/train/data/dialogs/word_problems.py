@@ -21,9 +21,9 @@ PROBLEMS = Phrases(
     [{p} has|There are|I have|We have] {m} {x} and [{n} are lost|{n} break|{n} are sold|{n} are eaten|{n} go away]. How many [remain?|are left?|{x} are left?]|{m}-{n}|{x}
     {m} {x} are [shared|divided|split] [equally by|equally among|among|between] {s} [people|children|friends|players|students|dogs|boxes]. How many {x} [does each get?|for each?|does each one get?]|{m}/{s}|{x}
     {p} wants to put {m} {x} into {s} boxes equally. How many go in each box?|{m}/{s}|{x}
-    [One|A|Each] {o} [costs|is] {d} dollars. [How much do {a} {x} cost?|What do {a} {x} cost?|How much are {a} {x}?|How much for {a} {x}?|What is the price of {a}?]|{a}*{d}|dollars
-    A {o} costs ${d}. How much are {a} {x}?|{a}*{d}|dollars
-    If one {o} costs {d} dollars, what do {a} {x} cost?|{a}*{d}|dollars
+    [One|A|Each] {o} [costs|is] {d} dollars. [How much do {a} {x} cost?|What do {a} {x} cost?|How much are {a} {x}?|How much for {a} {x}?|What is the price of {a}?]|{d}*{a}|dollars
+    A {o} costs ${d}. How much are {a} {x}?|{d}*{a}|dollars
+    If one {o} costs {d} dollars, what do {a} {x} cost?|{d}*{a}|dollars
     {p} [buys|gets|orders|wants] {a} {x} [at|for] {d} dollars each. [How much does {p} pay?|What does {p} pay?|How much is that?|What is the total?|How much money is that?]|{a}*{d}|dollars
     {p} pays {m} dollars for {s} {x}. What does one {o} cost?|{m}/{s}|dollars
     {p} buys {a} {x} for {d} dollars each and pays with {k} dollars. How much change?|{k}-{a}*{d}|dollars
@@ -66,19 +66,19 @@ PROBLEMS = Phrases(
     {p} runs {d} km on Monday and {e} km on Tuesday. How far is that in total?|{d}+{e}|km
     It was {m} degrees and it dropped by {n} degrees. What is the temperature now?|{m}-{n}|degrees
     {p} has {a} {x} and {b} {w}. How many things is that?|{a}+{b}|things
-    A bus holds {b} people. How many people fit in {a} buses?|{a}*{b}|people
+    A bus holds {b} people. How many people fit in {a} buses?|{b}*{a}|people
     A class has {a} girls and {b} boys. How many children?|{a}+{b}|children
     {m} people were on the bus and {n} got off. How many are still on it?|{m}-{n}|people
-    A bottle holds {d} liters. How much do {a} bottles hold?|{a}*{d}|liters
+    A bottle holds {d} liters. How much do {a} bottles hold?|{d}*{a}|liters
     The scores are {a}, {b} and {c}. What is the average?|({a}+{b}+{c})/3|
     {p} scored {a}, {b} and {c} points. How many points is that?|{a}+{b}+{c}|points
     {p} bought {a} {x} and {b} {w}, then {n} broke. How many are left?|{a}+{b}-{n}|
-    A box weighs {d} kg. What do {a} boxes weigh?|{a}*{d}|kg
+    A box weighs {d} kg. What do {a} boxes weigh?|{d}*{a}|kg
     We need {m} {x} and have {n}. How many more do we need?|{m}-{n}|{x}
     {p} drove {m} km with {s} liters. How many km per liter?|{m}/{s}|km
     [Each of {a} children gets|There are {a} children and each gets|{a} people each need|We have {a} guests and each eats] {b} {x}. How many {x} [do we need?|are needed?|is that?]|{a}*{b}|{x}
     If {s} {x} cost {m} dollars, how much is one {o}?|{m}/{s}|dollars
-    {p} types {b} words per minute. How many words in {a} minutes?|{a}*{b}|words
+    {p} types {b} words per minute. How many words in {a} minutes?|{b}*{a}|words
     My rent is {k} dollars a month. What do I pay in a year?|{k}*12|dollars
     I slept {a} hours a night for {b} nights. How many hours did I sleep?|{a}*{b}|hours
     There were {m} {x}. {n} were sold in the morning and {c} in the evening. How many were left?|{m}-{n}-{c}|{x}""",
