@@ -4,16 +4,15 @@ python examples/chat_with_tools.py ["What is 48 * 17?"]
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import karakoram
 from karakoram import tools
+from karakoram.env import bundled_model_dir
 
 MAX_CALL_ROUNDS = 4
 
-nano = Path(karakoram.__file__).parent / "assets" / "nano"
-session = karakoram.Session(karakoram.load_model(), karakoram.load_chat_format(nano))
+session = karakoram.Session(karakoram.load_model(), karakoram.load_chat_format(bundled_model_dir()))
 declarations = [tool.declaration() for tool in tools.BUILTIN.values()]
 question = sys.argv[1] if len(sys.argv) > 1 else "What is 48 * 17?"
 messages: list[dict[str, Any]] = [{"role": "user", "content": question}]

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import karakoram
+from karakoram.env import bundled_model_dir
 
-path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(karakoram.__file__).parent / "assets" / "nano"
+path = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled_model_dir()
 tokenizer = karakoram.Tokenizer.from_dir(path)
 model = karakoram.load_model(str(path), dtype="bfloat16")
 

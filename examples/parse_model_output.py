@@ -5,11 +5,11 @@ python examples/parse_model_output.py
 
 import json
 import sys
-from pathlib import Path
 
 import karakoram
+from karakoram.env import bundled_model_dir
 
-fmt = karakoram.load_chat_format(Path(karakoram.__file__).parent / "assets" / "nano")
+fmt = karakoram.load_chat_format(bundled_model_dir())
 written = (
     "The user wants a product.</think>One moment."
     "<|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0<|tool_call_argument_begin|>"

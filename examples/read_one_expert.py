@@ -6,14 +6,13 @@ Works the same on 14 MB and on 595 GB.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
-import karakoram
 from karakoram.checkpoint import open_checkpoint
+from karakoram.env import bundled_model_dir
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(Path(karakoram.__file__).parent / "assets" / "nano")
+source = sys.argv[1] if len(sys.argv) > 1 else bundled_model_dir()
 checkpoint = open_checkpoint(source)
 layer = checkpoint.config.first_k_dense_replace  # the first layer that has experts
 print(f"{len(checkpoint.tensors)} tensors in {checkpoint.dir.name}; expert 3 of layer {layer}:")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import karakoram
+from karakoram.env import bundled_model_dir
 
-path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(karakoram.__file__).parent / "assets" / "nano"
+path = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled_model_dir()
 fmt = karakoram.load_chat_format(path)
 messages: list[dict[str, Any]] = [
     {"role": "system", "content": "You answer briefly."},
