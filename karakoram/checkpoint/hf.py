@@ -19,17 +19,23 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The directory of a checkpoint. A path that exists wins over a hub id of the same spelling."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    text = str(path_or_hub_id)
+    try:
+        path = Path(text).expanduser()
+        is_directory, exists = path.is_dir() and bool(text), path.exists() and bool(text)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, an unknown ~user
+        raise CheckpointError(
+            f"{text[:80]!r} is no path: {error}.", "Name a directory or a model on the hub."
+        ) from error
+    if is_directory:
         return path
-    if path.exists():
+    if exists:
         raise CheckpointError(
             f"{path} is a file.", "Name the directory that holds config.json and the safetensors files."
         )
-    text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(text):
         raise CheckpointError(
-            f"{text} does not exist.", "Name a directory, or a model on the hub as ORGANISATION/NAME."
+            f"{text!r} does not exist.", "Name a directory, or a model on the hub as ORGANISATION/NAME."
         )
     return download(text, revision)
 

@@ -1,7 +1,7 @@
 """A hub id: downloaded from whatever HF_ENDPOINT names, resumed after an interruption, and used offline afterwards.
 
 A small server on 127.0.0.1 imitates the four answers of the hub that a download needs: model info, file tree, HEAD and
-(ranged) GET of a file. Each run is a process of its own, since huggingface_hub reads its environment once.
+(ranged) GET of a file.
 """
 
 import hashlib
@@ -16,13 +16,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from karakoram.checkpoint import hf
+from karakoram.checkpoint import hf, open_checkpoint
 from karakoram.errors import CheckpointError
 from tests.checkpoint import tiny
 
 COMMIT = "c0ffee00" * 5
 HUB_ID = "someone/tiny-k2"
+UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
 
 class Hub(ThreadingHTTPServer):
@@ -70,7 +72,8 @@ class Answers(BaseHTTPRequestHandler):
             self._send_file(name, body)
         else:
             self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
+            known = path.startswith(f"/api/models/{HUB_ID}/revision/")
+            self.send_header("X-Error-Code", "RevisionNotFound" if known else "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -120,14 +123,20 @@ class Answers(BaseHTTPRequestHandler):
         """Stay quiet."""
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    source = tiny.save(tmp_path / "source", hidden_size=256, vocab_size=24_000, max_shard_size="1MB")
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the repository: a checkpoint in three shards, and things that must not be fetched."""
+    source = tiny.save(tmp_path_factory.mktemp("hub"), hidden_size=256, vocab_size=24_000, max_shard_size="1MB")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     files["tiktoken.model"] = b"AA== 0\n"
     files["chat_template.jinja"] = b"{{ messages }}"
     unwanted = ("modeling_kimi.py", "pytorch_model.bin", "original/model.safetensors", "README.md")
-    server = Hub({**files, **dict.fromkeys(unwanted, b"never")})
+    return {**files, **dict.fromkeys(unwanted, b"never")}
+
+
+@pytest.fixture
+def hub(served: dict[str, bytes]) -> Iterator[Hub]:
+    server = Hub(served)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
@@ -136,50 +145,44 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     thread.join(timeout=10)
 
 
-OPEN = (
-    "import sys\nfrom karakoram.checkpoint import open_checkpoint\nfrom karakoram.errors import CheckpointError\n"
-    "try:\n    c = open_checkpoint(sys.argv[1])\n    c.check()\n    print(c.dir)\n"
-    "except CheckpointError as error:\n    print(error, file=sys.stderr)\n    sys.exit(2)"
-)
+OPEN = "import sys\nfrom karakoram.checkpoint import open_checkpoint\nprint(open_checkpoint(sys.argv[1]).dir)"
 
 
 @pytest.fixture
-def start(tmp_path: Path, project_root: Path):
-    def begin(endpoint: str, hub_id: str, **extra: str) -> subprocess.Popen[str]:
-        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HUB_OFFLINE": "0", **extra}
-        command = [sys.executable, "-c", OPEN, hub_id]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, cwd=project_root, stdout=pipe, stderr=pipe, text=True)
-
-    return begin
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for this process; huggingface_hub reads HF_HOME only once, so its constant is set as well."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    for key in [key for key in os.environ if key.lower().endswith("_proxy")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    return tmp_path / "cache"
 
 
-@pytest.fixture
-def run(start):
-    def finish(endpoint: str, hub_id: str = HUB_ID, **extra: str) -> subprocess.CompletedProcess[str]:
-        process = start(endpoint, hub_id, **extra)
-        try:
-            output, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-    return finish
+def start(project_root: Path) -> subprocess.Popen[str]:
+    """The same in a process of its own, which can be killed and reads its own environment."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", OPEN, HUB_ID], cwd=project_root, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_a_killed_download_is_taken_up_again_and_then_used_offline(hub: Hub, run, start, tmp_path: Path) -> None:
+def test_a_killed_download_is_taken_up_again_and_then_used_offline(
+    hub: Hub,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    project_root: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     held = sorted(name for name in hub.files if name.startswith("model-"))[0]
     wanted = {name for name in hub.files if "/" not in name and name.rsplit(".", 1)[-1] not in ("py", "bin", "md")}
-    snapshot = tmp_path / "cache" / "hub" / "models--someone--tiny-k2" / "snapshots" / COMMIT
+    snapshot = cache / "hub" / "models--someone--tiny-k2" / "snapshots" / COMMIT
 
     def arrived() -> set[str]:
         return {path.name for path in snapshot.rglob("*")} if snapshot.exists() else set()
 
     hub.hold = held
-    process = start(hub.address, HUB_ID)
-    for _ in range(3000):  # until all but the held file have arrived: at most 60 s
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    process = start(project_root)
+    for _ in range(7500):  # until all but the held file have arrived: at most 150 s
         if arrived() == wanted - {held} or process.poll() is not None:
             break
         hub.released.wait(0.02)
@@ -188,49 +191,51 @@ def test_a_killed_download_is_taken_up_again_and_then_used_offline(hub: Hub, run
     process.communicate()
     assert arrived() == wanted - {held}
 
-    incomplete = run("http://127.0.0.1:9")
-    assert incomplete.returncode == 2
-    assert "not complete in the cache" in incomplete.stderr
+    monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE)
+    with pytest.raises(CheckpointError, match="not complete in the cache"):
+        open_checkpoint(HUB_ID)
 
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
     hub.gets.clear()
-    done = run(hub.address)
-    assert done.returncode == 0, done.stderr
-    assert "Fetching" in done.stderr  # the progress bar
+    checkpoint = open_checkpoint(HUB_ID)
+    checkpoint.check()
+    assert "Fetching" in capfd.readouterr().err  # the progress bar
     assert hub.gets == [(held, None)]
-    assert Path(done.stdout.strip()) == snapshot
+    assert checkpoint.dir == snapshot
     assert arrived() == wanted
     assert all((snapshot / name).read_bytes() == hub.files[name] for name in wanted)
 
     hub.gets.clear()
-    offline = run("http://127.0.0.1:9")
-    assert offline.returncode == 0, offline.stderr
-    assert Path(offline.stdout.strip()) == snapshot
+    monkeypatch.setenv("HF_ENDPOINT", UNREACHABLE)
+    assert open_checkpoint(HUB_ID).dir == snapshot
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output, errors = start(project_root).communicate(timeout=120)
+    assert output.strip() == str(snapshot), errors
     assert hub.gets == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub, run) -> None:
+def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub keeps whole chunks of 10 MiB, so the embedding here is larger than that."""
     large = max(hub.files, key=lambda name: len(hub.files[name]))
     hub.break_after = 11_000_000
     assert len(hub.files[large]) > hub.break_after
-    done = run(hub.address)
-    assert done.returncode == 0, done.stderr
-    again = run(hub.address, HF_HUB_OFFLINE="1")
-    assert again.stdout == done.stdout
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    open_checkpoint(HUB_ID).check()
     assert (large, f"bytes={10 << 20}-") in hub.gets
 
 
-def test_ids_that_the_hub_does_not_know(hub: Hub, run) -> None:
-    unknown = run(hub.address, "someone/else")
-    assert unknown.returncode == 2
-    assert "someone/else is neither a directory here nor a model on the hub" in unknown.stderr
-    assert "Traceback" not in unknown.stderr
+def test_ids_that_the_hub_does_not_know(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    with pytest.raises(CheckpointError, match="someone/else is neither a directory here nor a model on the hub"):
+        open_checkpoint("someone/else")
+    with pytest.raises(CheckpointError, match="has no revision 'nightly'"):
+        open_checkpoint(HUB_ID, revision="nightly")
 
 
 def test_a_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert hf.resolve("org/name") == Path("org/name")
-    for text in ("org/name/..evil/x", "../x", "org//other", "a b/c", "-a/b"):
-        with pytest.raises(CheckpointError, match="does not exist"):
+    for text in ("org/name/..evil/x", "../x", "org//other", "a b/c", "-a/b", "", "a\0b/c", "x" * 5000):
+        with pytest.raises(CheckpointError, match=r"does not exist|is no path"):
             hf.resolve(text)

@@ -75,6 +75,17 @@ def test_exact_scales_invert_dequantize(seed: int, log10_scale: float, largest: 
     assert torch.equal(int4_group.dequantize(int4_group.pack(found), found_scale), weight)
 
 
+def test_rounding_to_a_grid_takes_the_nearest_code() -> None:
+    q, scale = codes(5, 64), scales(5, 2)
+    assert torch.equal(int4_group.round_to_grid(int4_group.from_grid(q, scale), scale), q)
+    weight = torch.randn(5, 64) * 0.05
+    found = int4_group.round_to_grid(weight, scale)
+    every = torch.arange(-8, 8.0).view(16, 1, 1) * scale.float().repeat_interleave(32, dim=-1)
+    assert torch.equal(found.long(), (every - weight).abs().argmin(dim=0) - 8)
+    scale[2] = 0
+    assert not int4_group.round_to_grid(weight, scale)[2].any()
+
+
 def test_every_bf16_mantissa_is_inverted() -> None:
     """All 128 significands at one exponent: where bf16(k*s) rounds, the neighbours of max|w|/k must be tried too."""
     scale = (torch.arange(128, 256) * 2.0**-15).to(torch.bfloat16).repeat_interleave(64).unsqueeze(1)
