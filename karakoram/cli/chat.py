@@ -22,7 +22,8 @@ HELP = """\
 /system [TEXT]  show the system message, or take a new one and start over
 /tools          the declared tools
 /exit           leave (also Ctrl-D)
-Ctrl-C stops an answer; arrow keys bring back earlier lines; // at the start of a line says a / literally"""
+//...           say a line that starts with /
+Ctrl-C stops an answer; arrow keys bring back earlier lines"""
 
 
 def chat_command(
@@ -72,7 +73,7 @@ def chat_command(
     declared = _declarations(tools, demo_tools)
     view = AnswerView()
     opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [])
-    sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p)
+    sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)
     lines = _line_input() if interactive else None
     conversation = Conversation(
         session=opened.session(),
@@ -113,10 +114,10 @@ def given_prompt(prompt: str | None) -> str:
         if len(raw) > _MAX_PIPE_BYTES:
             raise InputError(f"Standard input has more than {_MAX_PIPE_BYTES} bytes.", "Give a shorter prompt.")
         try:
-            prompt = raw.decode("utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"Standard input is not UTF-8 (byte {error.start}).", "Convert it first.") from error
-        prompt = prompt.removesuffix("\n")
+        prompt = text.removesuffix("\n")
     if not prompt.strip():
         raise InputError("The prompt is empty.", 'Say something: k2 chat nano "Hello".')
     return typed(prompt)
@@ -175,6 +176,7 @@ def _talk(conversation: Any, lines: Any) -> None:
     """Read, answer, repeat, until /exit, Ctrl-D, or Ctrl-C at an empty prompt."""
     view = conversation.view
     while True:
+        view.err.write("\n")
         try:
             line = lines.read("> ").strip()
         except (EOFError, KeyboardInterrupt):

@@ -145,7 +145,7 @@ def _report(error: BaseException) -> int:
     return 2
 
 
-def _explain(error: BaseException) -> str | None:
+def _explain(error: Any) -> str | None:
     """One line for what a user can mend; None for a bug."""
     if isinstance(error, KarakoramError):
         return str(error)

@@ -120,11 +120,13 @@ def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str])
     return load_model(str(directory), device=device, dtype=dtype, allow_config_keys=allow_config_keys)
 
 
-def sampling_for(directory: Path, fmt: Any, temperature: float | None = None, top_p: float | None = None) -> Sampling:
+def sampling_for(
+    directory: Path, fmt: Any, temperature: float | None = None, top_p: float | None = None, thinking: bool = True
+) -> Sampling:
     """The options where given; else generation_config.json of the checkpoint; else the dialect's defaults."""
     defaults = _from_generation_config(directory)
     if defaults is None:
-        values = fmt.default_sampling
+        values = fmt.sampling(thinking=thinking)
         defaults = Sampling(float(values["temperature"]), float(values["top_p"]), f"default of {fmt.dialect}")
     if temperature is None and top_p is None:
         return defaults

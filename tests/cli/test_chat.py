@@ -102,6 +102,7 @@ def test_wrong_tools_files(text: str, tmp_path: Path) -> None:
 def test_sampling_comes_from_generation_config_then_dialect(tmp_path: Path) -> None:
     fmt = ScriptedFormat(lambda messages: [])
     assert str(opening.sampling_for(tmp_path, fmt)) == "temperature 0.6, top_p 0.95 (default of kimi-k2.5)"
+    assert opening.sampling_for(tmp_path, fmt, thinking=False).temperature == 0.3
     config = tmp_path / "generation_config.json"
     config.write_text('{"eos_token_id": 5}')
     assert opening.sampling_for(tmp_path, fmt).temperature == 0.6

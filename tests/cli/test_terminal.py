@@ -26,6 +26,28 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def ctrl_c_at_prompt(self, then: str | None) -> None:
+        """Type Ctrl-C at a prompt until `then` shows, or for None until the program ends.
+
+        Once is enough for a person. CPython's readline sleeps through a SIGINT that comes between showing the prompt
+        and waiting for a key, and only the next key wakes it.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            self.type("\x03")
+            while select.select([self.master], [], [], 1)[0]:
+                try:
+                    piece = os.read(self.master, 65536)
+                except OSError:
+                    piece = b""
+                self.seen += piece.decode(errors="replace")
+                if then is not None and then in self.seen:
+                    return
+                if not piece:
+                    assert then is None
+                    return
+        raise AssertionError(f"Ctrl-C did nothing; saw {self.seen!r}")
+
     def expect(self, text: str) -> str:
         """Read until `text` shows; return everything up to and with it."""
         deadline = time.monotonic() + PATIENCE_S
@@ -101,8 +123,9 @@ def test_ctrl_c_stops_the_answer_then_leaves(terminal: type[Terminal]) -> None:
     chat.type("again\n")
     chat.expect("You said: ['wait', 'again']")
     chat.expect("> ")
-    chat.type("\x03")
-    assert chat.exit_code() == 0
+    chat.ctrl_c_at_prompt(then=None)
+    assert "Traceback" not in chat.seen
+    assert chat.exit_code() in (0, -2)  # -2: our second Ctrl-C met the interpreter on its way out
 
 
 def test_ctrl_c_ends_a_single_answer_with_130(terminal: type[Terminal]) -> None:
@@ -148,8 +171,7 @@ def test_a_person_answers_a_call(terminal: type[Terminal], tmp_path: Path) -> No
     chat.expect("> ")
     chat.type("weather\n")
     chat.expect("result of weather> ")
-    chat.type("\x03")
-    chat.expect("> ")
+    chat.ctrl_c_at_prompt(then="\n> ")
     chat.type("hello\n")
     chat.expect("You said: ['weather', 'hello']")
 

@@ -4,7 +4,7 @@ The script is a function from the rendered messages to the list of deltas of the
 for a forward pass that ends only by Ctrl-C.
 """
 
-import signal
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -53,13 +53,15 @@ class ScriptedFormat:
 
     dialect = "kimi-k2.5"
     stop_ids = frozenset({STOP})
-    default_sampling = {"temperature": 0.6, "top_p": 0.95}  # noqa: RUF012
 
     def __init__(self, script: Script, held_back: dict[str, str] | None = None) -> None:
         self.script_of, self.held_back = script, held_back or {}
         self.script: list[Any] = []
         self.asked: list[dict[str, Any]] = []
         self.first_id = 0
+
+    def sampling(self, thinking: bool = True) -> dict[str, float]:
+        return {"temperature": 0.6 if thinking else 0.3, "top_p": 0.95}
 
     def encode(self, messages: list[dict[str, Any]], **how: Any) -> list[int]:
         self.asked.append({"messages": [dict(message) for message in messages], **how})
@@ -73,7 +75,8 @@ class ScriptedFormat:
         self.asked[-1].update(how)
         for position, step in enumerate(self.script[:max_new_tokens]):
             if step == WAIT:
-                signal.pause()
+                while True:  # not signal.pause(): a signal just before it would be slept through
+                    time.sleep(0.01)
             else:
                 yield position
         if len(self.script) < max_new_tokens:
