@@ -1,10 +1,10 @@
 """The check of the nano model: 500 held-out dialogs, greedy, with tools that really run.
 
 Tool names, argument names and sentence templates of these dialogs are disjoint from training by construction
-(`train/data/names.py`, `train/data/dialogs/phrases.py`), and tests prove it. Reported: the share of calls that parse and satisfy
-the schema of a declared tool, the share of final answers that are exact (`scoring.py` says what that means), per family, all
-with 95 % Wilson intervals. Two more numbers say what the shares leave out: dialogs that needed a call and got none, and
-dialogs without a final answer.
+(`train/data/names.py`, `train/data/dialogs/phrases.py`), and tests prove it. Reported: the share of calls that parse
+and satisfy the schema of a declared tool, the share of final answers that are exact (`scoring.py` says what that
+means), per family, all with 95 % Wilson intervals. Two more numbers say what the shares leave out: dialogs that needed
+a call and got none, and dialogs without a final answer.
 """
 
 from collections.abc import Callable

@@ -2,10 +2,12 @@
 
 An answer is exact when
 - it is not empty and holds no marker of the chat format (`<|`, `functions.`),
-- every expected value stands in it whole: a number as a number of the same value, any other text literally, with no letter
-  or digit directly before or after it,
-- and nothing contradicts: every other number in it also stands in what the user or the system prompt said, in the arguments
-  of the calls that were made, or in the reference answer; and no weekday is named that is neither expected nor in the question.
+- every expected value stands in it whole: a number as a number of the same value, any other text literally, with no
+  letter or digit directly before or after it,
+- and nothing contradicts: every other number in it also stands in what the user or the system prompt said, in the
+  arguments of the calls that were made, or in the reference answer; and no weekday is named that is neither expected
+  nor in the question.
+
 So `27*14 is 378.` and `It is 378 boxes` are exact for 378, while `378 or 380`, `3780` and `37 8` are not.
 """
 
@@ -85,4 +87,5 @@ class Share:
 
     def __str__(self) -> str:
         low, high = wilson(self.successes, self.trials)
-        return f"{100 * self.value:5.1f} % ({self.successes}/{self.trials}, 95 % interval {100 * low:.1f} to {100 * high:.1f})"
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        return f"{100 * self.value:5.1f} % ({self.successes}/{self.trials}, {interval})"

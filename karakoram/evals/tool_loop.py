@@ -1,7 +1,9 @@
-"""A model lives through a conversation: it writes, its calls are really executed, it reads the results, until it answers.
+"""A model lives through a conversation: it writes, its calls are really executed, it reads the results, until it
+answers.
 
-The loop knows nothing of models: `generate_batch(prompts, max_new_tokens, stop_ids)` takes token ids and returns new token ids
-(with or without the stop id), so the same loop serves any engine, batched as the engine likes, and a scripted one in tests.
+The loop knows nothing of models: `generate_batch(prompts, max_new_tokens, stop_ids)` takes token ids and returns new
+token ids (with or without the stop id), so the same loop serves any engine, batched as the engine likes, and a scripted
+one in tests.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -48,12 +50,12 @@ def _check_and_run(outcome: Outcome, tools: dict[str, Tool], tool_call: dict[str
     return call(tool, arguments)
 
 
-def _take_turn(fmt: ChatFormat, outcome: Outcome, new_ids: Sequence[int]) -> None:
+def _take_turn(fmt: ChatFormat, outcome: Outcome, new_ids: Sequence[int], max_new_tokens: int) -> None:
     """One generated message: either calls, which run, or the final answer."""
     document = outcome.scenario.document
     parser = fmt.parser(document.tools, thinking=document.thinking)
     parser.feed(list(new_ids))
-    message = parser.finish()
+    message = parser.finish("length" if len(new_ids) >= max_new_tokens else "stop")
     calls = message.get("tool_calls") or []
     kept = {key: message.get(key) for key in ("reasoning_content", "content") if message.get(key)}
     outcome.messages.append({"role": "assistant", "content": "", **kept, **({"tool_calls": calls} if calls else {})})
@@ -74,7 +76,7 @@ def live(
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """Outcomes in the order of the scenarios. All conversations that still run are handed over as one batch per round."""
+    """Outcomes in the order of the scenarios. All conversations that still run form one batch per round."""
     outcomes = [Outcome(scenario, list(scenario.prompt_messages)) for scenario in scenarios]
     for _ in range(max_rounds):
         running = [outcome for outcome in outcomes if outcome.answer is None]
@@ -85,7 +87,7 @@ def live(
             document = outcome.scenario.document
             prompts.append(fmt.encode(outcome.messages, document.tools, thinking=document.thinking))
         for outcome, new_ids in zip(running, generate_batch(prompts, max_new_tokens, fmt.stop_ids), strict=True):
-            _take_turn(fmt, outcome, new_ids)
+            _take_turn(fmt, outcome, new_ids, max_new_tokens)
         if progress is not None:
             progress(sum(outcome.answer is not None for outcome in outcomes), len(outcomes))
     return outcomes

@@ -1,7 +1,8 @@
 """Tools that run inside the process: what `k2 chat --demo-tools` declares and what training dialogs call.
 
-`BUILTIN` maps the name to the tool, in the order in which they are declared to a model; `call(tool, arguments_json)` runs one
-on text that a model wrote and never raises. Only the standard library is used, and nothing here touches files or the network.
+`BUILTIN` maps the name to the tool, in the order in which they are declared to a model; `call(tool, arguments_json)`
+runs one on text that a model wrote and never raises. Only the standard library is used, and nothing here touches files
+or the network.
 """
 
 from karakoram.tools.calculator import CALCULATOR

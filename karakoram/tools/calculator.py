@@ -1,8 +1,8 @@
 """Exact arithmetic on an expression such as `(27+3)*14/5`, and the one way in which this package writes numbers.
 
-The expression is parsed by Python's own grammar and then walked node by node: only numbers, + - * / ** %, parentheses and
-signs are admitted, so nothing can be executed. Everything is a Fraction, so 0.1+0.2 is 0.3; a result that no finite decimal
-can express is rounded to 6 decimals. Bounds (below) keep `9**9**9` and giant inputs from costing anything.
+The expression is parsed by Python's own grammar and then walked node by node: only numbers, + - * / ** %, parentheses
+and signs are admitted, so nothing can be executed. Everything is a Fraction, so 0.1+0.2 is 0.3; a result that no finite
+decimal can express is rounded to 6 decimals. Bounds (below) keep `9**9**9` and giant inputs from costing anything.
 """
 
 import ast

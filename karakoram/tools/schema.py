@@ -1,8 +1,9 @@
 """A small JSON-schema checker: the part of the standard that tool declarations use.
 
-Understood: type (one or a list), enum, const, anyOf, required, properties, additionalProperties, items, minimum, maximum,
-minLength, maxLength, minItems, maxItems. Other keywords (descriptions, defaults, formats) do not restrict. The checker is
-here, and not a package, because it decides what counts as a valid call in an evaluation and must not drift with a version.
+Understood: type (one or a list), enum, const, anyOf, required, properties, additionalProperties, items, minimum,
+maximum, minLength, maxLength, minItems, maxItems. Other keywords (descriptions, defaults, formats) do not restrict. The
+checker is here, and not a package, because it decides what counts as a valid call in an evaluation and must not drift
+with a version.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """One tool: what the model is told about it, and the function that runs when the model calls it.
 
 A tool is an OpenAI function declaration (name, description, JSON schema of the parameters) together with an in-process
-Python function from the parsed arguments to a short text. `call` is the only way in for text that a model wrote: it parses,
-checks the schema, runs, and turns every failure into an `error: …` text, because a model can read and correct that.
+Python function from the parsed arguments to a short text. `call` is the only way in for text that a model wrote: it
+parses, checks the schema, runs, and turns every failure into an `error: …` text, because a model can read and correct
+that.
 """
 
 import json
@@ -22,7 +23,7 @@ class ToolError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """`parameters` is a JSON schema of type object; `run` takes the parsed arguments and returns the text of the result."""
+    """`parameters` is a JSON schema of type object; `run` takes parsed arguments and returns the result as text."""
 
     name: str
     description: str

@@ -7,7 +7,7 @@ from karakoram.train.data.documents import Document, Scenario
 
 
 def reference_steps(fmt: ChatFormat, document: Document) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, wanted new ids) for every assistant message after the last user message, through the chat template."""
+    """(prompt ids, wanted new ids) of every assistant message after the last user message, by the template."""
     messages = document.messages
     last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
     special = fmt.tokenizer.special_ids
@@ -17,8 +17,12 @@ def reference_steps(fmt: ChatFormat, document: Document) -> list[tuple[list[int]
         if message["role"] != "assistant":
             continue
         prompt = fmt.encode(messages[:index], document.tools, thinking=document.thinking)
-        if message.get("tool_calls"):  # with calls the template keeps the reasoning, so the next prompt holds the message
-            after = fmt.encode(messages[: index + 1], document.tools, thinking=document.thinking, add_generation_prompt=False)
+        if message.get(
+            "tool_calls"
+        ):  # with calls the template keeps the reasoning, so the next prompt holds the message
+            after = fmt.encode(
+                messages[: index + 1], document.tools, thinking=document.thinking, add_generation_prompt=False
+            )
             assert after[: len(prompt)] == prompt
             steps.append((prompt, after[len(prompt) :]))
         else:
@@ -31,7 +35,9 @@ def reference_steps(fmt: ChatFormat, document: Document) -> list[tuple[list[int]
 
 def oracle(fmt: ChatFormat, scenarios: list[Scenario]):
     """A `generate_batch` that knows the reference continuation of every prompt of the scenarios."""
-    known = {tuple(prompt): wanted for scenario in scenarios for prompt, wanted in reference_steps(fmt, scenario.document)}
+    known = {
+        tuple(prompt): wanted for scenario in scenarios for prompt, wanted in reference_steps(fmt, scenario.document)
+    }
 
     def generate_batch(prompts: list[list[int]], max_new_tokens: int, stop_ids: Collection[int]) -> list[list[int]]:
         return [known.get(tuple(prompt), [next(iter(stop_ids))]) for prompt in prompts]

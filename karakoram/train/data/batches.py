@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from karakoram.errors import TrainingError
+from karakoram.train.data.pack import open_token_cache
+
 POOL = 8192  # documents sorted together: large enough for rows of equal length, small enough to keep the mixture
 ROUND_TO = 16  # lengths are padded to multiples of this, so that few shapes of batch occur
 
@@ -28,12 +31,15 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """`batches[n]` for any n ≥ 0; after the last document a new epoch begins in another order."""
+    """`batches[n]` for any n ≥ 0; after the last document a new epoch begins in another order.
+
+    Raises TrainingError for a cache that is unfinished or empty.
+    """
 
     def __init__(self, cache: Path, tokens_per_batch: int, pad_id: int, seed: int) -> None:
-        self.ids = np.load(cache / "ids.npy", mmap_mode="r")
-        self.tenths = np.load(cache / "weights.npy", mmap_mode="r")
-        self.offsets = np.load(cache / "offsets.npy")
+        self.ids, self.tenths, self.offsets = open_token_cache(cache)
+        if len(self.offsets) < 2:
+            raise TrainingError(f"The token cache {cache} holds no document.", "Remove it and build it again.")
         self.tokens_per_batch, self.pad_id, self.seed = tokens_per_batch, pad_id, seed
         self._epoch, self._rows = 0, self._epoch_rows(0)
         self._before = 0  # batches of the epochs before `_epoch`
@@ -44,6 +50,10 @@ class Batches:
         return len(self.offsets) - 1
 
     def __getitem__(self, number: int) -> Batch:
+        if number < 0:
+            raise IndexError(f"Batch {number}: batches are numbered from 0.")
+        if number < self._before:
+            self._epoch, self._rows, self._before = 0, self._epoch_rows(0), 0
         while number - self._before >= len(self._rows):
             self._before += len(self._rows)
             self._epoch += 1

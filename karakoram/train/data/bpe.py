@@ -1,17 +1,20 @@
 """Byte-pair encoding for a small vocabulary whose words must be easy to copy.
 
-A model of three million parameters calls a tool by copying its name from the declaration (` NAME`, after a space) into the call
-(`.NAME`, after a dot). If the space were part of the token, as usual, the two spellings would share no token and every
-name would have to be learned. So merges happen in this order (the order is the rank, and rank decides at encoding time):
+A model of three million parameters calls a tool by copying its name from the declaration (` NAME`, after a space) into
+the call (`.NAME`, after a dot). If the space were part of the token, as usual, the two spellings would share no token
+and every name would have to be learned. So merges happen in this order (the order is the rank, and rank decides at
+encoding time):
 
-1. letters, inside words of all kinds, into tokens of at most 4 letters: names, known or not, become short common tokens;
+1. letters, inside words of all kinds, into tokens of at most 4 letters: names, known or not, become short common
+   tokens;
 2. longer letter merges, for the words of prose only (words that many documents repeat);
 3. more merges of the first kind, as many as the vocabulary has room for;
 4. punctuation such as `":` and `{"`, but not arithmetic, and never with a letter;
 5. a space before a whole word of prose, the most frequent ones; never before a word that may be a name.
 
 Digits never merge. The file is an ordinary `tiktoken.model`: the first 256 ranks are the single bytes in GPT-2's order.
-Layout and special tokens follow K2's tokenizer; training is plain pair counting with incremental updates over unique words.
+Layout and special tokens follow K2's tokenizer; training is plain pair counting with incremental updates over unique
+words.
 """
 
 import base64
@@ -111,7 +114,7 @@ class _Words:
         del self.pairs[pair]
 
     def learn(self, wanted: int, allowed: Callable[[Pair], bool], least: int) -> Iterator[Pair]:
-        """The most frequent allowed pair, merged, again and again; ties go to the smaller bytes. Stops below `least`."""
+        """The most frequent allowed pair, again and again; ties go to the smaller bytes. Stops below `least`."""
         banned: set[Pair] = set()
         for _ in range(wanted):
             best: Pair | None = None

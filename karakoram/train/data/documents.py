@@ -1,7 +1,8 @@
 """What training data is made of before it becomes token ids.
 
-A `Document` is a conversation in OpenAI's shape, or plain text when `text` is set. A `Scenario` is a document together with
-what is needed to let a model live through it: tools that really run, and the strings its final answer must contain.
+A `Document` is a conversation in OpenAI's shape, or plain text when `text` is set. A `Scenario` is a document together
+with what is needed to let a model live through it: tools that really run, and the strings its final answer must
+contain.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ Message = dict[str, Any]
 
 @dataclass(slots=True)
 class Document:
-    """A finished conversation. `tools` are OpenAI declarations; assistant messages may carry reasoning_content and tool_calls."""
+    """A finished conversation; `tools` are OpenAI declarations."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -24,7 +25,7 @@ class Document:
 
 @dataclass(slots=True)
 class Scenario:
-    """`document` ends with the wanted final answer; `prompt_messages` = everything up to and with the last user message."""
+    """`document` ends with the wanted answer; `prompt_messages` is all of it up to and with the last user message."""
 
     document: Document
     tools: list[Tool]

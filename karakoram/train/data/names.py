@@ -1,9 +1,10 @@
 """Names for tools, arguments and things: large pools, divided by construction between training and evaluation.
 
 A model that has seen `get_weather` a thousand times calls `get_weather` whatever is declared. So names are composed at
-random, from English words and from random syllables, in five casings. Every word, English or not, belongs to exactly one
-split: a checksum of its letters decides (one word in four is kept for evaluation). No evaluation name therefore shares
-a single word with a training name, while the statistics of letters are the same, which is what a tokenizer needs.
+random, from English words and from random syllables, in five casings. Every word, English or not, belongs to exactly
+one split: a checksum of its letters decides (one word in four is kept for evaluation). No evaluation name therefore
+shares a single word with a training name, while the statistics of letters are the same, which is what a tokenizer
+needs.
 """
 
 from functools import cache

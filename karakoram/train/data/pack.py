@@ -1,15 +1,15 @@
 """Documents become token ids with a weight per token, and many documents become one cache on disk.
 
-What the model writes (thought, content, calls, the closing `<|im_end|>`) weighs 1.0; what it reads weighs 0.1, enough to learn
-the language and not so much that random names dominate the loss; plain text weighs 1.0.
+What the model writes (thought, content, calls, the closing `<|im_end|>`) weighs 1.0; what it reads weighs 0.1, enough
+to learn the language and not so much that random names dominate the loss; plain text weighs 1.0.
 
-The kimi-k2.5 template drops the reasoning of finished turns. So a conversation of several user turns gives one sample per
-turn: history as inference will see it (with an empty think block), then the last chain with its reasoning.
-A test checks that every generated token stands behind exactly the prompt that inference would encode.
+The kimi-k2.5 template drops the reasoning of finished turns. So a conversation of several user turns gives one sample
+per turn: history as inference will see it (with an empty think block), then the last chain with its reasoning. A test
+checks that every generated token stands behind exactly the prompt that inference would encode.
 
-The cache: `ids.npy` (uint16, flat), `weights.npy` (uint8, tenths), `offsets.npy` (int64, samples + 1). It is written chunk by
-chunk in the order of document numbers, whatever the number of processes, so that the same arguments give the same bytes;
-an interrupted run continues after its last whole chunk.
+The cache: `ids.npy` (uint16, flat), `weights.npy` (uint8, tenths), `offsets.npy` (int64, samples + 1). It is written
+chunk by chunk in the order of document numbers, whatever the number of processes, so that the same arguments give the
+same bytes; an interrupted run continues after its last whole chunk.
 """
 
 import json
@@ -40,7 +40,7 @@ Sample = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Shares of chunks by source; `data_dir` holds `gsm8k/train.jsonl` and `text/*.txt` when those shares are above 0."""
+    """Shares of chunks by source; `data_dir` holds `gsm8k/train.jsonl` and `text/*.txt` where they are above 0."""
 
     dialogs: float = 1.0
     gsm8k: float = 0.0
@@ -262,7 +262,7 @@ def _finish(path: Path, recipe: dict, state: dict) -> None:
 
 
 def open_token_cache(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids (uint16, memory-mapped), weights (uint8, tenths, memory-mapped), offsets (int64): sample n is ids[offsets[n]:offsets[n + 1]]."""
+    """ids, weights (tenths), offsets; the first two memory-mapped. Sample n is ids[offsets[n]:offsets[n + 1]]."""
     if not (path / "offsets.npy").exists():
         raise TrainingError(f"{path} holds no finished token cache.", "Build it first; an interrupted one continues.")
     return (

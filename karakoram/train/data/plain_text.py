@@ -29,7 +29,7 @@ def cut(text: str, chars: int = CHUNK_CHARS) -> list[str]:
 
 @cache
 def read_texts(data_dir: Path) -> list[Document]:
-    """All `*.txt` below `data_dir/text`, or below `data_dir` where there is no such folder. Raises TrainingError if none."""
+    """All `*.txt` below `data_dir/text`, or `data_dir` where there is no such folder. TrainingError if none."""
     folder = data_dir / "text" if (data_dir / "text").is_dir() else data_dir
     documents = []
     for file in sorted(folder.glob("**/*.txt"))[:MAX_FILES]:

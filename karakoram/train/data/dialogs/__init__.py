@@ -1,8 +1,8 @@
 """Generated dialogs: the n-th dialog of a seed is a pure function, so data need neither be stored nor shipped.
 
-`generate(seed, index, split)` returns the document to train on, `scenario(seed, index, split)` the same with executable tools and
-the expected answer. Families and their shares stand in `FAMILIES`; the shares of demo tools, two-turn conversations and
-failing tools are the constants below.
+`generate(seed, index, split)` returns the document to train on, `scenario(seed, index, split)` the same with executable
+tools and the expected answer. Families and their shares stand in `FAMILIES`; the shares of demo tools, two-turn
+conversations and failing tools are the constants below.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Things to do rather than to compute: weather, messages, reminders, orders, lights: free text, times and booleans as arguments."""
+"""Things to do rather than to compute: weather, messages, reminders, orders, lights: free text, times and booleans as
+arguments."""
 
 from collections.abc import Callable
 from random import Random

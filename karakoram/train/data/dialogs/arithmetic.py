@@ -1,7 +1,7 @@
 """Arithmetic for a calculator: bare expressions, spoken ones, and small word problems.
 
-The tool takes an expression; the model writes it, the tool computes. Numbers are mostly small integers, some larger, some with
-one or two decimals. A second calculator takes two numbers and the name of an operation.
+The tool takes an expression; the model writes it, the tool computes. Numbers are mostly small integers, some larger,
+some with one or two decimals. A second calculator takes two numbers and the name of an operation.
 """
 
 from fractions import Fraction

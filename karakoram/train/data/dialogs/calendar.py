@@ -1,4 +1,5 @@
-"""Dates: add days, count days, name the weekday. Questions write dates in ISO form or as `March 5, 2024`; tools take ISO."""
+"""Dates: add days, count days, name the weekday. Questions write dates in ISO form or as `March 5, 2024`; tools take
+ISO."""
 
 from datetime import date, timedelta
 from random import Random

@@ -1,8 +1,8 @@
 """A capability is what a tool can do; a bound tool is one capability under invented names.
 
-The same capability (say, adding days to a date) appears in every dialog under another tool name, other argument names, another
-wording, and with its result wrapped in another way. Only the descriptions tell a model which tool fits and which
-argument takes which value: that is the skill to be learned.
+The same capability (say, adding days to a date) appears in every dialog under another tool name, other argument names,
+another wording, and with its result wrapped in another way. Only the descriptions tell a model which tool fits and
+which argument takes which value: that is the skill to be learned.
 """
 
 import json

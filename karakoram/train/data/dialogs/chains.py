@@ -155,7 +155,7 @@ _TWO_SUMS = Phrases(
     Calculate {e} and also {f}.
     {e} and {f}?""",
     """Tell me {e} and also {f}.
-    What is {e}, and what is {f}?""",
+    Work out {e}, then {f}.""",
 )
 _TWO_DAYS = Phrases(
     "parallel.weekdays",

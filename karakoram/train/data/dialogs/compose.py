@@ -1,7 +1,7 @@
 """From a task to a conversation: tools get names and company, calls get ids, thoughts and results are written down.
 
-Every assistant message thinks in one short pattern: what is needed, which tool fits, and `argument = value` for each argument
-in the order of the declaration. The JSON that follows repeats this order, so that writing a call is copying.
+Every assistant message thinks in one short pattern: what is needed, which tool fits, and `argument = value` for each
+argument in the order of the declaration. The JSON that follows repeats this order, so that writing a call is copying.
 """
 
 import json

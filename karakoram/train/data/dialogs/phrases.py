@@ -1,8 +1,8 @@
 """Sentence templates that know which split they belong to.
 
-Every sentence that a model reads in a dialog (questions, descriptions of tools and arguments, system prompts) comes from a
-`Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over `ALL`.
-Slots are written `{name}` and filled with `str.format_map`; `[has|owns]` is a choice, made anew each time.
+Every sentence that a model reads in a dialog (questions, descriptions of tools and arguments, system prompts) comes
+from a `Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over
+`ALL`. Slots are written `{name}` and filled with `str.format_map`; `[has|owns]` is a choice, made anew each time.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""How people type: a greeting before the question, no capital, no full stop, numbers as words or with thousands commas."""
+"""How people type: a greeting before the question, no capital, no full stop, numbers as words or with thousands
+commas."""
 
 import re
 from random import Random

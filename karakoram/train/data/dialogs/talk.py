@@ -1,4 +1,5 @@
-"""Talk without calls: who the model is, small talk, facts from the conversation, and things that no declared tool can do."""
+"""Talk without calls: who the model is, small talk, facts from the conversation, and things that no declared tool can
+do."""
 
 from random import Random
 

@@ -1,0 +1,102 @@
+"""The tokenizer: K2's layout, digits apart, words copied whatever stands before them, exact round trips."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from karakoram.chat import ChatFormat, Tokenizer
+from karakoram.errors import TrainingError
+from karakoram.train.data.bpe import (
+    N_RANKS,
+    N_SPECIALS,
+    SPECIALS,
+    byte_order,
+    generated_texts,
+    learn_ranks,
+    words_apart,
+)
+from karakoram.train.data.names import NOUNS, split_of
+
+
+def test_layout_follows_k2(tokenizer_dir: Path, fmt: ChatFormat) -> None:
+    tok = fmt.tokenizer
+    assert tok.n_vocab == N_RANKS + N_SPECIALS == 5120
+    assert [tok.token_bytes(rank)[0] for rank in range(256)] == byte_order()
+    assert tok.encode("!") == [0]
+    for offset, name in SPECIALS.items():
+        assert tok.special_ids[name] == N_RANKS + offset
+    assert tok.special_ids["[UNK]"] == 5118
+    assert tok.special_ids["[PAD]"] == 5119
+    config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    assert config["karakoram"] == {"dialect": "kimi-k2.5"}
+    assert config["model_max_length"] == 2048
+    assert fmt.dialect == "kimi-k2.5"
+
+
+def test_specials_are_k2s(tokenizer_dir: Path, shared_dir: Path) -> None:
+    k2 = json.loads((shared_dir / "data/kimi_tokenizer/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    ours = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    for key, entry in k2.items():
+        if entry["content"] in ("[UNK]", "[PAD]"):
+            continue
+        mine = ours[str(int(key) - 163_584 + N_RANKS)]
+        assert mine == entry
+
+
+def test_byte_order_is_k2s(shared_dir: Path) -> None:
+    lines = (shared_dir / "data/kimi_tokenizer/tiktoken.model").read_text().splitlines()[:256]
+    import base64
+
+    assert [base64.b64decode(line.split()[0])[0] for line in lines] == byte_order()
+
+
+def test_digits_never_merge(fmt: ChatFormat) -> None:
+    tok = fmt.tokenizer
+    for rank in range(256, N_RANKS):
+        token = tok.token_bytes(rank)
+        assert not any(48 <= byte <= 57 for byte in token), token
+    assert len(tok.encode("2024-03-05")) == 10
+
+
+def test_a_name_has_the_same_tokens_after_a_space_a_dot_and_a_quote(fmt: ChatFormat) -> None:
+    tok = fmt.tokenizer
+    held_out = [noun for noun in NOUNS if split_of(noun) == "eval" and noun in words_apart()]
+    assert len(held_out) > 50
+    same = 0
+    for noun in held_out:
+        alone = tok.encode(noun)
+        assert tok.encode("." + noun) == tok.encode(".") + alone
+        same += tok.encode(" " + noun) == tok.encode(" ") + alone
+    assert same / len(held_out) > 0.9  # the rest begins with a common short word such as ` up`
+
+
+@given(st.text(max_size=200))
+def test_round_trip(fmt: ChatFormat, text: str) -> None:
+    assert fmt.tokenizer.decode(fmt.tokenizer.encode(text)) == text
+
+
+def test_generated_text_is_short_in_tokens(fmt: ChatFormat) -> None:
+    texts = list(generated_texts(100, seed=99))
+    assert sum(map(len, texts)) / sum(len(fmt.tokenizer.encode(text)) for text in texts) > 2.6
+
+
+def test_training_is_deterministic() -> None:
+    texts = list(generated_texts(60, seed=1))
+    assert learn_ranks(texts, words_apart(), 1200) == learn_ranks(texts, words_apart(), 1200)
+
+
+def test_ranks_are_merges_of_earlier_ranks(fmt: ChatFormat) -> None:
+    tok: Tokenizer = fmt.tokenizer
+    known = {tok.token_bytes(rank): rank for rank in range(N_RANKS)}
+    for token, rank in known.items():
+        if len(token) > 1:
+            splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            assert any(known.get(left, rank) < rank and known.get(right, rank) < rank for left, right in splits), token
+
+
+def test_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="tokens"):
+        learn_ranks(["a small text"], words_apart(), 6000)
