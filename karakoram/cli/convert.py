@@ -36,9 +36,9 @@ def convert_command(
     from karakoram.cli.opening import open_directory
     from karakoram.cli.terminal.progress import byte_progress
 
-    source = open_directory(src, allow_config_key or [])
+    source = open_directory(src)
     from karakoram.quantize.convert import convert
 
     with byte_progress(f"{source.name} → {format.value}") as progress:
-        convert(source, dst, format.value, progress=progress)
+        convert(source, dst, format.value, progress=progress, allow_config_keys=allow_config_key or ())
     typer.echo(f"wrote {dst} in {format.value}")

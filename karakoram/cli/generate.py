@@ -63,7 +63,7 @@ def generate_command(
         raise InputError("--allow-special is for raw text; a message never becomes control tokens.", "Leave it out.")
     text = given_prompt(prompt)
     declared = opening.read_tools(tools) if tools else None
-    directory = opening.open_directory(model, allow_config_key or [])
+    directory = opening.open_directory(model)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     if chat:
         opened = opening.open_for_chat(str(directory), dialect, device, dtype.value, allow_config_key or [])
@@ -163,7 +163,9 @@ def text_of(tokenizer: Any, tokens: Iterator[int], stop_ids: frozenset[int]) -> 
 
 
 def _ends(tokenizer: Any, config: Any) -> frozenset[int]:
-    """Both ends that K2 models use (facts: config.json names either, by release), and the checkpoint's own."""
-    named = {tokenizer.special_ids[name] for name in ("[EOS]", "<|im_end|>") if name in tokenizer.special_ids}
-    own = config.eos_token_id
-    return frozenset(named | set(own if isinstance(own, tuple) else () if own is None else (own,)))
+    """Both ends that K2 models use (config.json names one or the other, by release), and the checkpoint's own."""
+    from karakoram.chat.dialects import STOP_MARKERS
+    from karakoram.model.generate import end_ids
+
+    named = {tokenizer.special_ids[name] for name in STOP_MARKERS if name in tokenizer.special_ids}
+    return end_ids(config) | named

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from karakoram.config import PRESETS
+from karakoram.env import bundled_model_dir
 from karakoram.errors import CheckpointError, ConfigError, InputError
 from karakoram.session import Session, check_sampling
 
@@ -42,20 +43,18 @@ def names_a_model(text: str) -> bool:
 def locate(model: str) -> str:
     """MODEL as a checkpoint directory or hub id. Raises CheckpointError for what can be neither."""
     if model == BUNDLED:
-        from karakoram.model.load import BUNDLED_DIR
-
-        return str(BUNDLED_DIR)
-    path = Path(model).expanduser()
-    if _is_directory(str(path)) or (_HUB_ID.fullmatch(model) and not path.exists()):
-        return str(path) if path.is_dir() else model
+        if not bundled_model_dir().is_dir():
+            raise CheckpointError("The bundled model is not in this copy of the package.", "Train it: k2 train nano.")
+        return str(bundled_model_dir())
+    if _is_directory(model) or _HUB_ID.fullmatch(model):
+        return model
     if model in PRESETS:
         raise CheckpointError(
             f"{model!r} is a preset: it has a configuration but no weights.",
             f"Give a checkpoint directory or a Hugging Face id; 'k2 inspect {model}' shows its sizes.",
         )
-    kind = "a file" if path.is_file() else "not an existing directory"
     raise CheckpointError(
-        f"No model {model!r}: it is {kind}.",
+        f"No model {model!r}: it is not an existing directory.",
         f"Give a checkpoint directory, a Hugging Face id owner/name, or '{BUNDLED}'.",
     )
 
@@ -67,14 +66,14 @@ def _is_directory(text: str) -> bool:
         return False
 
 
-def open_directory(model: str, allow_config_keys: list[str]) -> Path:
+def open_directory(model: str) -> Path:
     """The checkpoint directory of MODEL, downloaded if it is a hub id."""
     located = locate(model)
-    if Path(located).is_dir():
-        return Path(located)
-    from karakoram.checkpoint import open_checkpoint
+    if _is_directory(located):
+        return Path(located).expanduser()
+    from karakoram.checkpoint.hf import resolve
 
-    return open_checkpoint(located, allow_config_keys=allow_config_keys).dir
+    return resolve(located)
 
 
 @dataclass(frozen=True)
@@ -98,26 +97,20 @@ def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allo
     """Open MODEL with its chat format. The format comes first: a mistake in it should not cost the time of a load."""
     from karakoram.chat import load_chat_format
 
-    directory = open_directory(model, allow_config_keys)
+    directory = open_directory(model)
     fmt = load_chat_format(directory, dialect=dialect)
     return Opened(directory, load(directory, device, dtype, allow_config_keys), fmt)
 
 
 def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:
     """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
-    import torch
-
     from karakoram.model import load_model
 
     if device == "auto":
+        import torch
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"Device {device!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu."
-        ) from error
-    return load_model(str(directory), device=device, dtype=dtype, allow_config_keys=allow_config_keys)
+    return load_model(directory, device=device, dtype=dtype, allow_config_keys=tuple(allow_config_keys))
 
 
 def sampling_for(
