@@ -99,7 +99,7 @@ def gsm8k(
     dtype: options.DtypeOption = options.Dtype.bfloat16,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
-    """Grade-school word problems that training has not seen, with the calculator, greedy.
+    """Held-out word problems of GSM8K with the calculator, greedy.
 
     \b
     Example:

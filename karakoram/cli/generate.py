@@ -115,7 +115,7 @@ def _raw(
     as_json: bool,
 ) -> None:
     from karakoram.chat import Tokenizer
-    from karakoram.model import generate
+    from karakoram.model.generate import generate
     from karakoram.session import check_context, check_prompt
 
     tokenizer = Tokenizer.from_dir(directory)

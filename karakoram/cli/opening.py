@@ -104,7 +104,7 @@ def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allo
 
 def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:
     """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
-    from karakoram.model import load_model
+    from karakoram.model.load import load_model
 
     if device == "auto":
         import torch
