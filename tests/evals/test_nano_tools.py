@@ -104,7 +104,8 @@ def test_parallel_calls(fmt: ChatFormat) -> None:
 
 
 def test_a_cut_off_call_is_not_valid(fmt: ChatFormat) -> None:
-    cut = '</think><|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0<|tool_call_argument_begin|>{"expression": "17*23'
+    header = "<|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0<|tool_call_argument_begin|>"
+    cut = f'</think>{header}{{"expression": "17*23'
     report = _one(fmt, cut, "</think>391<|im_end|>")
     assert (report.calls.successes, report.calls.trials) == (0, 1)
 
@@ -140,7 +141,8 @@ def test_shipped_arithmetic_answers_are_right() -> None:
         "What is 17 times 23?": "17*23", "How much is (18+24)*3?": "(18+24)*3", "What is 15% of 240?": "240*15/100",
         "Calculate (100-37)/9": "(100-37)/9", "What is 17 + 25 * 2?": "17+25*2", "Please calculate 58*47.": "58*47",
         "99 * 99": "99*99", "What is 2 to the power of 10?": "2**10", "Add 3.75 and 4.5": "3.75+4.5",
-        "What is 4096 / 64?": "4096/64", "How much is 72 divided by 0.5?": "72/0.5", "Could you work out 3.2 * 5 for me?": "3.2*5",
+        "What is 4096 / 64?": "4096/64", "How much is 72 divided by 0.5?": "72/0.5",
+        "Could you work out 3.2 * 5 for me?": "3.2*5",
     }  # fmt: skip
     for question, expression in checked.items():
         assert call(BUILTIN["calculator"], f'{{"expression": "{expression}"}}') == by_question[question]

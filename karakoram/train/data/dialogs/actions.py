@@ -136,7 +136,7 @@ ACTIONS = (
     _Action(
         "translate",
         ("Translate a text.\nTranslates into another language.\nTranslate words.\nTranslator.", "Translates a text into a language.\nTranslate to a language."),
-        (("x", "string", "The text\nText to translate\nWhat to translate\nWords", "Text that is translated\nThe words"), ("l", "string", "Language\nTarget language\nThe language\nInto which language", "Language wanted\nTo this language")),
+        (("x", "string", "The text\nText to translate\nWhat to translate\nWords", "Text that is translated\nWords to change"), ("l", "string", "Language\nTarget language\nThe language\nInto which language", "Language wanted\nTo this language")),
         (
             "Translate {x} into {l}.\nHow do you say {x} in {l}?\nWhat is {x} in {l}?\nTranslate {x} to {l}\nI need {x} in {l}.\nSay {x} in {l}.",
             "Please translate {x} into {l}.\nTell me how to say {x} in {l}.",

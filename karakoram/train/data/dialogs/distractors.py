@@ -47,9 +47,9 @@ _ARGUMENTS = Phrases(
     The message
     How loud
     Subject""",
-    """Text of the message
-    The city
-    What to search""",
+    """A text
+    Some city
+    Search for this""",
 )
 
 

@@ -26,10 +26,10 @@ _BEFORE = Phrases(
     Now,
     One more:
     Could you help?""",
-    """Hi there,
+    """Hi nano,
     Hello, I have a question:
     Please help:
-    Good evening!""",
+    Good afternoon!""",
 )
 _AFTER = Phrases(
     "speech.after",
@@ -43,7 +43,7 @@ _AFTER = Phrases(
     Answer briefly.
     I need it today.
     Thank you!""",
-    """Thank you very much.
+    """Thank you so much.
     Please be quick.
     Please use a tool.""",
 )

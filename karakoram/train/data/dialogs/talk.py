@@ -54,7 +54,7 @@ _SMALL_TALK: tuple[tuple[Phrases, tuple[str, ...], tuple[str, ...], str], ...] =
             hi""",
             """Hey there!
             Hello, how are you?
-            Good morning!""",
+            Good day!""",
         ),
         ("Hello! How can I help you?", "Hi! How can I help?"),
         ("help",),
@@ -103,7 +103,7 @@ _SMALL_TALK: tuple[tuple[Phrases, tuple[str, ...], tuple[str, ...], str], ...] =
             Good night
             Bye bye!""",
             """Goodbye, see you!
-            Good night!""",
+            Have a good night!""",
         ),
         ("Goodbye!",),
         ("Goodbye",),
@@ -171,7 +171,7 @@ _CANNOT = Phrases(
     Post a photo of my {x}.
     Print the letter to {p}.""",
     """Please send a message to {p}.
-    Tell me the weather in {c}.
+    I need a weather report for {c}.
     Turn on the {x}.
     Book a hotel in {c}.
     Please call {p}.
