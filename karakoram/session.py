@@ -150,6 +150,15 @@ def check_prompt(prompt: Sequence[int], config: Any) -> None:
         )
 
 
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """Whether the model knows every token of the tokenizer; it may know more (padded embeddings)."""
+    if tokenizer.n_vocab > config.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer has {tokenizer.n_vocab} tokens, the model's vocabulary {config.vocab_size}.",
+            "The tokenizer files belong to another model: take those of this checkpoint.",
+        )
+
+
 def check_sampling(temperature: float, top_p: float) -> None:
     """Whether tokens can be drawn this way."""
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):

@@ -116,11 +116,11 @@ def _raw(
 ) -> None:
     from karakoram.chat import Tokenizer
     from karakoram.model.generate import generate
-    from karakoram.session import check_context, check_prompt
+    from karakoram.session import check_context, check_vocabulary
 
     tokenizer = Tokenizer.from_dir(directory)
     prompt = tokenizer.encode(text, allow_special=allow_special)
-    check_prompt(prompt, model.config)
+    check_vocabulary(tokenizer, model.config)
     check_context(len(prompt), max_tokens, model.config)
     stop_ids = _ends(tokenizer, model.config)
     ids: list[int] = []

@@ -12,7 +12,7 @@ from typing import Any
 from karakoram.config import PRESETS
 from karakoram.env import bundled_model_dir
 from karakoram.errors import CheckpointError, ConfigError, InputError
-from karakoram.session import Session, check_sampling
+from karakoram.session import Session, check_sampling, check_vocabulary
 
 BUNDLED = "nano"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -99,7 +99,9 @@ def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allo
 
     directory = open_directory(model)
     fmt = load_chat_format(directory, dialect=dialect)
-    return Opened(directory, load(directory, device, dtype, allow_config_keys), fmt)
+    model = load(directory, device, dtype, allow_config_keys)
+    check_vocabulary(fmt.tokenizer, model.config)
+    return Opened(directory, model, fmt)
 
 
 def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:
