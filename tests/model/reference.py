@@ -1,8 +1,8 @@
 """Small models of transformers with weights that make mistakes visible, and the distances docs/numerics.md defines.
 
 Matrices are N(0, 0.08²), norm weights 1 + N(0, 0.3²), correction biases N(0, 0.3²); 200 positions with
-`original_max_position_embeddings` 128, so that YaRN's stretched region is really used. `rms_norm_eps` is 1e-5, as K2.5 has
-it: the two latent norms keep 1e-6.
+`original_max_position_embeddings` 128, so that YaRN's stretched region is really used. `rms_norm_eps` is 1e-5, as K2.5
+has it: the two latent norms keep 1e-6.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from karakoram.model.transformer import Transformer
 
 VOCABULARY = 160
 POSITIONS = 200
-TOLERANCE = 1e-4  # docs/numerics.md: sums in another order differ by 1e-6 to 1e-5 here, the mildest mistake by more than 1e-4
+# docs/numerics.md: float32 sums in another order differ by 1e-6 to 1e-5, the mildest mistake by more than 1e-4
+TOLERANCE = 1e-4
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -80,6 +81,7 @@ class Case(NamedTuple):
         return "-".join(f"{name}={value}" for name, value in zip(self._fields, self)).replace(" ", "")
 
 
+DEFAULT = Case()
 YARNS = (None, (32, 1), (32, 32), (64, 1), (64, 32))
 GRID = [Case(*values) for values in itertools.product((48, None), (1, 4), YARNS, (1, 2), (0, 1, 3), (False, True))]
 
@@ -118,7 +120,7 @@ def draw(model: PreTrainedModel, seed: int = 0) -> None:
                 normal(buffer, 0.0, 0.3)
 
 
-def build(case: Case = Case(), seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
+def build(case: Case = DEFAULT, seed: int = 0, **changes: Any) -> DeepseekV3ForCausalLM:
     """A float32 model of transformers at one point of the grid."""
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SHAPE, **case.changes, **changes})).eval()
     draw(model, seed)
