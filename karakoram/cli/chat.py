@@ -63,7 +63,7 @@ def chat_command(
       echo "Say hello." | k2 chat nano
     """
     from karakoram.cli import opening
-    from karakoram.cli.conversation import Conversation, as_json
+    from karakoram.cli.terminal.conversation import Conversation, as_json
     from karakoram.cli.terminal.view import AnswerView
 
     model, prompt = model_and_prompt(model, prompt)
@@ -114,10 +114,9 @@ def given_prompt(prompt: str | None) -> str:
         if len(raw) > _MAX_PIPE_BYTES:
             raise InputError(f"Standard input has more than {_MAX_PIPE_BYTES} bytes.", "Give a shorter prompt.")
         try:
-            text = raw.decode("utf-8")
+            prompt = raw.decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"Standard input is not UTF-8 (byte {error.start}).", "Convert it first.") from error
-        prompt = text.removesuffix("\n")
     if not prompt.strip():
         raise InputError("The prompt is empty.", 'Say something: k2 chat nano "Hello".')
     return typed(prompt)

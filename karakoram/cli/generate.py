@@ -84,8 +84,8 @@ def _chat(
     sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from karakoram.cli.conversation import as_json as calls_as_json
-    from karakoram.cli.conversation import counts
+    from karakoram.cli.terminal.conversation import as_json as calls_as_json
+    from karakoram.cli.terminal.conversation import counts
     from karakoram.cli.terminal.view import AnswerView
 
     session, view = opened.session(), AnswerView()

@@ -99,9 +99,9 @@ def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allo
 
     directory = open_directory(model)
     fmt = load_chat_format(directory, dialect=dialect)
-    model = load(directory, device, dtype, allow_config_keys)
-    check_vocabulary(fmt.tokenizer, model.config)
-    return Opened(directory, model, fmt)
+    loaded = load(directory, device, dtype, allow_config_keys)
+    check_vocabulary(fmt.tokenizer, loaded.config)
+    return Opened(directory, loaded, fmt)
 
 
 def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:

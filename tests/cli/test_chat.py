@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from karakoram.cli import chat, opening
-from karakoram.cli.conversation import MAX_ROUNDS, Conversation
+from karakoram.cli.terminal.conversation import MAX_ROUNDS, Conversation
 from karakoram.cli.terminal.view import AnswerView, printable
 from karakoram.errors import ConfigError, InputError
 from karakoram.session import Session

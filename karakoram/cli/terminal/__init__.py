@@ -1,1 +1,1 @@
-"""What the commands share of the terminal: reading lines, showing a stream, showing progress."""
+"""What the commands share of the terminal: reading lines, showing a stream, a conversation, progress."""

@@ -37,6 +37,7 @@ class LineInput:
             readline.read_history_file(self.history)
 
     def read(self, prompt: str, remember: bool = True) -> str:
+        """One line without its line feed; `remember` puts it into the history. EOFError at the end of input."""
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             # input() would put the prompt into a stdout that is piped to somebody
             print(prompt, end="", file=sys.stderr, flush=True)

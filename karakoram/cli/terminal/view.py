@@ -40,6 +40,7 @@ class AnswerView:
         self.err.flush()
 
     def delta(self, delta: Mapping[str, Any]) -> None:
+        """Show one delta of the session at once."""
         if thinking := delta.get("reasoning_content"):
             self._thinking(thinking)
         if content := delta.get("content"):
