@@ -50,6 +50,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
+        """Counts as `[successes, trials]`, ready for JSON."""
         plain = lambda share: [share.successes, share.trials]  # noqa: E731
         families = {
             name: {"calls": plain(calls), "answers": plain(answers)} for name, (calls, answers) in self.families.items()

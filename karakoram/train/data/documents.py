@@ -34,6 +34,7 @@ class Scenario:
 
     @property
     def prompt_messages(self) -> list[Message]:
+        """All messages up to and with the last one of the user."""
         messages = self.document.messages
         last = max(index for index, message in enumerate(messages) if message["role"] == "user")
         return messages[: last + 1]

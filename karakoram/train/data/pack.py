@@ -221,10 +221,9 @@ def _fill(
             state["chunk"] += 1
             state["tokens"] += len(ids)
             state["samples"] += len(lengths)
-            if state["chunk"] % 16 == 0:
-                for file in (ids_file, weights_file, lengths_file):
-                    file.flush()
-                _save(path, state)
+            for file in (ids_file, weights_file, lengths_file):
+                file.flush()
+            _save(path, state)
             if progress is not None:
                 progress(state["tokens"], wanted)
             if state["tokens"] >= wanted:

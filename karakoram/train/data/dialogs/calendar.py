@@ -201,6 +201,7 @@ _RIVALS = (DATE_ADD, DATE_DIFFERENCE, WEEKDAY)
 
 
 def adding(rng: Random, split: Split) -> Task:
+    """The date some days after or before another."""
     when = day(rng)
     days = 1 + int(rng.random() * (30 if rng.random() < 0.5 else 400))
     back = rng.random() < 0.25
@@ -217,6 +218,7 @@ def adding(rng: Random, split: Split) -> Task:
 
 
 def difference(rng: Random, split: Split) -> Task:
+    """How many days lie between two dates; the later one is named last."""
     first = day(rng)
     second = first + timedelta(days=1 + int(rng.random() * (60 if rng.random() < 0.5 else 900)))
     question = _DIFFERENCE.pick(rng, split, d=written(rng, first), e=written(rng, second))
@@ -229,6 +231,7 @@ def difference(rng: Random, split: Split) -> Task:
 
 
 def day_of_week(rng: Random, split: Split) -> Task:
+    """The weekday of a date."""
     when = day(rng)
     spoken = written(rng, when)
     result = weekday(when.isoformat())

@@ -26,6 +26,7 @@ class Role:
     options: tuple[str, ...] = ()
 
     def schema(self) -> dict[str, Any]:
+        """The JSON schema of the argument, without a description."""
         if self.kind in ("numbers", "strings"):
             return {"type": "array", "items": {"type": self.kind[:-1]}}
         if self.kind == "enum":

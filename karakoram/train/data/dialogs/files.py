@@ -78,6 +78,7 @@ def _reader(key: str, about: Phrases, argument: Phrases, content: dict[str, str]
 
 
 def files(rng: Random, split: Split) -> Task:
+    """List a folder, read a file, or (one in four) list a folder and read the file that is in it."""
     folder = _name(rng, split) if rng.random() < 0.6 else f"{_name(rng, split)}/{_name(rng, split)}"
     names = [_file(rng, split) for _ in range(2 + int(rng.random() * 3))]
     fact = _FACTS[int(rng.random() * 4)].format(

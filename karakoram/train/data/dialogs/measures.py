@@ -98,6 +98,7 @@ def units(rng: Random) -> tuple[str, str]:
 
 
 def quantity(rng: Random) -> str:
+    """A number as a person writes it: mostly whole, some with one decimal."""
     roll = rng.random()
     if roll < 0.7:
         return str(1 + int(rng.random() * (30 if roll < 0.3 else 500)))
@@ -105,6 +106,7 @@ def quantity(rng: Random) -> str:
 
 
 def conversion(rng: Random, split: Split) -> Task:
+    """A value in one unit, wanted in another of the same kind."""
     source, target = units(rng)
     value = quantity(rng)
     result = format_number(convert(Fraction(value), source, target))

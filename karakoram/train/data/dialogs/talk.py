@@ -181,6 +181,7 @@ _CANNOT_ANSWERS = ("I cannot do that: no tool fits.", "I cannot do that with my 
 
 
 def small_talk(rng: Random, split: Split) -> Task:
+    """Who are you, hello, what can you do, thanks, goodbye: about half are the first."""
     questions, answers, expected, thought = _SMALL_TALK[min(4, int(rng.random() * 7) % 5 if rng.random() < 0.6 else 0)]
     answer = answers[int(rng.random() * len(answers))]
     return Task(
