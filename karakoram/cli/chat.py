@@ -109,17 +109,21 @@ def model_and_prompt(model: str | None, prompt: str | None) -> tuple[str, str | 
 
 def given_prompt(prompt: str | None) -> str:
     """The prompt of a single answer: as given, or all of standard input for None and "-". Never blank."""
-    if prompt is None or prompt == "-":
-        raw = sys.stdin.buffer.read(_MAX_PIPE_BYTES + 1)
-        if len(raw) > _MAX_PIPE_BYTES:
-            raise InputError(f"Standard input has more than {_MAX_PIPE_BYTES} bytes.", "Give a shorter prompt.")
-        try:
-            prompt = raw.decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"Standard input is not UTF-8 (byte {error.start}).", "Convert it first.") from error
-    if not prompt.strip():
+    text = _piped() if prompt is None or prompt == "-" else prompt
+    if not text.strip():
         raise InputError("The prompt is empty.", 'Say something: k2 chat nano "Hello".')
-    return typed(prompt)
+    return typed(text)
+
+
+def _piped() -> str:
+    """All of standard input, without the line feed that ends it."""
+    raw = sys.stdin.buffer.read(_MAX_PIPE_BYTES + 1)
+    if len(raw) > _MAX_PIPE_BYTES:
+        raise InputError(f"Standard input has more than {_MAX_PIPE_BYTES} bytes.", "Give a shorter prompt.")
+    try:
+        return raw.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"Standard input is not UTF-8 (byte {error.start}).", "Convert it first.") from error
 
 
 def typed(text: str) -> str:
