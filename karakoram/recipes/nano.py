@@ -26,12 +26,13 @@ from karakoram.config import ModelConfig
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batches
 from karakoram.train.data.bpe import train_tokenizer
+from karakoram.train.data.echo import WithEcho
 from karakoram.train.data.pack import Mix, build_token_cache
 from karakoram.train.machine import faster_dtype, keep_freed_memory
 from karakoram.train.run_dir import open_run, recorded_settings, settings_of
 from karakoram.train.trainer import Trainer
 
-STEPS = 6000
+STEPS = 7500
 MINUTES = 80.0  # of training; tokenizer, tokens and compiling take the other ten
 TOKENIZER_DOCUMENTS = 9_000
 WITH_DATA = {"dialogs": 0.8, "gsm8k": 0.12, "text": 0.08}
@@ -43,12 +44,12 @@ def configuration(steps: int = STEPS, minutes: float | None = MINUTES, seed: int
         model=ModelConfig.preset("nano"),
         steps=steps,
         minutes=minutes,
-        tokens_per_step=6144,
-        learning_rate=5e-3,
-        adamw_learning_rate=3e-3,
-        warmup_steps=60,
+        tokens_per_step=4096,
+        learning_rate=7e-3,
+        adamw_learning_rate=4e-3,
+        warmup_steps=50,
         decay_from=0.5,
-        int4_from=0.7,
+        int4_from=0.8,
         balance_rate=3e-3,  # three times Moonlight's: a few thousand steps must move a bias as far as its millions did
         seed=seed,
     )
@@ -98,7 +99,8 @@ def run_configuration(
             console.print("Learning the tokenizer from generated dialogs (about a minute) …")
             train_tokenizer(tokenizer_dir, tokenizer_documents, config.seed)
         cache = _tokens(config, out_dir / "tokens", tokenizer_dir, data_dir, threads, quiet)
-        batches = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)
+        dialogs = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)
+        batches = WithEcho(dialogs, config.tokens_per_step, config.seed)
         files = model_files(tokenizer_dir, data_dir is not None)
         trainer = Trainer(config, batches, out_dir, files, dtype, compiled)
         if resume:
