@@ -1,0 +1,146 @@
+"""The hand-written backward passes against autograd of the plain formulas: causal attention and grouped experts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from karakoram.config import ModelConfig
+from karakoram.model.attention import scaled_attention
+from karakoram.model.causal import causal_attention
+from karakoram.model.grouped import ROUND_TO, Assignment, assign, gather, grouped_linear, spread
+from karakoram.model.moe import LocalExperts
+from tests.model.reference import SHAPE, Case, distance
+
+TOLERANCE = 1e-5  # float32 products of at most a few hundred terms, summed in another order: a few 1e-7 each
+
+
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    return ((q @ k.mT) * scale).masked_fill(future, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "width", "value_width"),
+    [(2, 3, 65, 24, 16), (1, 1, 1, 8, 8), (3, 2, 40, 16, 32)],
+)
+def test_causal_attention(batch: int, heads: int, tokens: int, width: int, value_width: int) -> None:
+    shapes = ((batch, heads, tokens, width),) * 2 + ((batch, heads, tokens, value_width),)
+    q, k, v = leaves(*shapes)
+    ours, plain = causal_attention(q, k, v, 0.3), plain_attention(q, k, v, 0.3)
+    assert distance(ours, plain) <= TOLERANCE
+    upstream = torch.randn_like(plain)
+    got = torch.autograd.grad(ours, (q, k, v), upstream)
+    expected = torch.autograd.grad(plain, (q, k, v), upstream)
+    for a, b in zip(got, expected):
+        # one token: its probability is 1 whatever the score, and both sides must find that gradient to be zero
+        assert distance(a, b) <= TOLERANCE if b.abs().max() > 1e-12 else a.abs().max() <= 1e-6
+
+
+def test_causal_attention_by_finite_differences() -> None:
+    q, k, v = leaves((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 3), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, 0.4), (q, k, v))
+
+
+def test_causal_attention_takes_views_and_is_the_training_path() -> None:
+    """Heads come as a transposed view, keys and values as slices of one projection."""
+    q = torch.randn(2, 7, 3, 8).transpose(1, 2).requires_grad_()
+    kv = torch.randn(2, 7, 3, 20).transpose(1, 2)
+    k, v = kv.split((8, 12), -1)
+    ours = scaled_attention(q, k, v, None, 0.2)
+    assert ours.grad_fn is not None and "CausalAttention" in type(ours.grad_fn).__name__
+    assert distance(ours, plain_attention(q, k, v, 0.2)) <= TOLERANCE
+    with torch.no_grad():
+        assert distance(scaled_attention(q, k, v, None, 0.2), ours) <= TOLERANCE
+
+
+def test_causal_attention_in_bfloat16() -> None:
+    """Probabilities are rounded to 8 bits, sums are not: near float32 to 2 parts in 256."""
+    q, k, v = (x.detach() for x in leaves((2, 4, 64, 32), (2, 4, 64, 32), (2, 4, 64, 16)))
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    ours, plain = causal_attention(q, k, v, 0.18), plain_attention(*wide, 0.18)
+    assert ours.dtype == torch.bfloat16 and distance(ours, plain) <= 2 / 256
+    upstream = torch.randn_like(plain).bfloat16()
+    got = torch.autograd.grad(ours, (q, k, v), upstream)
+    expected = torch.autograd.grad(plain, wide, upstream.float())
+    assert all((a.float() - b).norm() <= 0.02 * b.norm() for a, b in zip(got, expected))
+
+
+def choices(tokens: int, experts: int, per_token: int, skipped: tuple[int, ...] = ()) -> Tensor:
+    """Different experts for each token, never one of `skipped`: [N, K]."""
+    scores = torch.rand(tokens, experts)
+    scores[:, list(skipped)] = -1
+    return scores.topk(per_token).indices
+
+
+@pytest.mark.parametrize(("tokens", "skipped"), [(1, ()), (19, (0, 3)), (400, ()), (400, (0, 5))])
+def test_rows_find_their_expert_and_their_way_back(tokens: int, skipped: tuple[int, ...]) -> None:
+    ids_NK = choices(tokens, 6, 3, skipped)
+    to = assign(ids_NK, 6)
+    assert sum(to.rows_per_expert) == len(to.order_M) and len(to.rows_per_expert) == 6
+    expert_of_row = torch.repeat_interleave(torch.arange(6), torch.tensor(to.rows_per_expert))
+    real = torch.ones(len(to.order_M), dtype=torch.bool).index_fill(0, to.idle, False)
+    assert int(real.sum()) == ids_NK.numel()
+    assert torch.equal(expert_of_row[real], ids_NK.flatten()[to.order_M[real]])
+    assert torch.equal(to.order_M[to.place_S], torch.arange(ids_NK.numel()))  # there and back
+    assert all(to.rows_per_expert[expert] == 0 for expert in skipped)
+    padded = tokens * 3 >= ROUND_TO * 6
+    assert (len(to.idle) > 0) is padded
+    assert not padded or all(count % ROUND_TO == 0 for count in to.rows_per_expert)
+
+
+@pytest.mark.parametrize("tokens", [19, 400])
+def test_spreading_and_gathering_backward(tokens: int) -> None:
+    """Against autograd's own index; rows that only fill up must not reach the gradient."""
+    (x,) = leaves((tokens, 8))
+    ids_NK = choices(tokens, 6, 3, (2,))
+    to = assign(ids_NK, 6)
+    weight_M = torch.randn(len(to.order_M), 1)
+    ours, plain = (
+        gather(spread(x, to) * weight_M, to),
+        (x[to.order_M // 3] * weight_M)[to.place_S].unflatten(0, (-1, 3)),
+    )
+    assert torch.equal(ours, plain)
+    upstream = torch.randn_like(plain)
+    (got,), (expected,) = torch.autograd.grad(ours, x, upstream), torch.autograd.grad(plain, x, upstream)
+    assert distance(got, expected) <= TOLERANCE
+
+
+def test_grouped_linear_by_finite_differences() -> None:
+    x, weight = leaves((7, 3), (4, 2, 3), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: grouped_linear(x, w, [2, 0, 5, 0]), (x, weight))
+
+
+def by_the_formula(experts: LocalExperts, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """A loop over experts, autograd's own backward."""
+    out_ND = torch.zeros_like(x_ND)
+    for e in range(experts.gate_proj.shape[0]):
+        token, slot = (ids_NK == e).nonzero(as_tuple=True)
+        inner = F.silu(x_ND[token] @ experts.gate_proj[e].T) * (x_ND[token] @ experts.up_proj[e].T)
+        out_ND = out_ND.index_add(0, token, inner @ experts.down_proj[e].T * weights_NK[token, slot, None])
+    return out_ND
+
+
+@pytest.mark.parametrize(("tokens", "skipped"), [(1, ()), (60, (0, 7)), (700, ()), (700, (3, 15))])
+def test_experts_are_a_loop_over_experts(tokens: int, skipped: tuple[int, ...]) -> None:
+    """700 tokens of 4 experts out of 16 pass 128 rows an expert: their runs are filled up; 60 tokens' are not."""
+    config = ModelConfig.from_dict({"model_type": "deepseek_v3", **SHAPE, **Case().changes})
+    experts = LocalExperts(config, "cpu", torch.float32)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0, 0.08)
+    x_ND, weights_NK = leaves((tokens, 64), (tokens, 4))
+    ids_NK = choices(tokens, 16, 4, skipped)
+    filled: Assignment = assign(ids_NK, 16)
+    assert (len(filled.idle) > 0) is (tokens == 700)
+    ours, plain = experts(x_ND, ids_NK, weights_NK), by_the_formula(experts, x_ND, ids_NK, weights_NK)
+    assert distance(ours, plain) <= TOLERANCE
+    upstream, inputs = torch.randn_like(plain), (x_ND, weights_NK, *experts.parameters())
+    got, expected = torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream)
+    assert all(distance(a, b) <= TOLERANCE for a, b in zip(got, expected))
+    assert all(not gradient[e].any() for gradient in got[2:] for e in skipped)
