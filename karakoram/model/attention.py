@@ -1,12 +1,13 @@
 """Multi-head latent attention (MLA), in the two forms that are the same mathematics.
 
-Keys and values of all heads are linear images of one latent per token. **Expanded** multiplies them out and runs ordinary
-attention: right for prefill and training, where T queries share the cost. **Absorbed** moves the key half of `kv_b_proj` onto
-the query and the value half onto the result, so that attention runs over the cached latents themselves: right for decode,
-where one query would have to expand the whole context (DeepSeek-V2, arXiv 2405.04434, §2.1.2 and Appendix C).
+Keys and values of all heads are linear images of one latent per token. **Expanded** multiplies them out and runs
+ordinary attention: right for prefill and training, where T queries share the cost. **Absorbed** moves the key half of
+`kv_b_proj` onto the query and the value half onto the result, so that attention runs over the cached latents
+themselves: right for decode, where one query would have to expand the whole context (DeepSeek-V2, arXiv 2405.04434,
+§2.1.2 and Appendix C).
 
-The two latent norms take eps 1e-6 whatever `rms_norm_eps` says: DeepSeek-V3's released code builds them without an eps, and
-the weights were trained so. Softmax runs in float32.
+The two latent norms take eps 1e-6 whatever `rms_norm_eps` says: DeepSeek-V3's released code builds them without an eps,
+and the weights were trained so. Softmax runs in float32.
 
 Legend: B batch, T queries, S slots (keys), H heads, D hidden, N nope, R rope, V value, L latent.
 """
@@ -23,8 +24,9 @@ from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch
 
 LATENT_NORM_EPS = 1e-6
-# Up to so many new tokens a row, attention over a cache runs absorbed. Absorbed costs H·S·(2L + R) a query, expanded pays
-# H·S·L·(N + V) once: at K2's sizes they meet near 150 queries; a few speculative tokens are the practical use below that.
+# Up to so many new tokens a row, attention over a cache runs absorbed. Absorbed costs H·S·(2L + R) a query, expanded
+# pays H·S·L·(N + V) once: at K2's sizes they meet near 150 queries; a few speculative tokens are the practical use
+# below that.
 ABSORB_UP_TO = 16
 
 
@@ -58,7 +60,7 @@ class LatentAttention(nn.Module):
         cache: Cache | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """Attend from x to itself and to the cache: [B, T, D] -> [B, T, D]. Without a cache, T counts from position 0."""
+        """Attend from x to itself and to the cache: [B, T, D] -> [B, T, D]. Without one, T counts from position 0."""
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, rotation)
         if cache is None:
             out = self.expanded(q_nope, q_rope, latent, k_rope, None, watch)
@@ -90,7 +92,7 @@ class LatentAttention(nn.Module):
         visible_BTS: Tensor | None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """Ordinary attention over multiplied-out keys and values: [B, T, H·V]. `visible` None means causal with T = S."""
+        """Ordinary attention over multiplied-out keys and values: [B, T, H·V]. `visible` None: causal with T = S."""
         c = self.config
         kv_BSHx = self.kv_b_proj(latent_BSL).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv_BSHx.split((c.qk_nope_head_dim, c.v_head_dim), -1)
@@ -122,7 +124,7 @@ class LatentAttention(nn.Module):
 def scaled_attention(
     q_BHTx: Tensor, k_BHSx: Tensor, v_BHSV: Tensor, visible_BTS: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(q·k·scale) · v -> [B, H, T, V]; values narrower than keys are padded, which torch's fused kernel asks for."""
+    """softmax(q·k·scale) · v -> [B, H, T, V]; narrow values are padded to the keys' width for torch's kernel."""
     if visible_BTS is None and q_BHTx.device.type == "cpu" and torch.is_grad_enabled() and q_BHTx.requires_grad:
         return causal_attention(q_BHTx, k_BHSx, v_BHSV, scale)
     width = v_BHSV.shape[-1]

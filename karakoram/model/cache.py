@@ -1,8 +1,8 @@
 """The latent cache: what MLA remembers of a token, 576 numbers a layer for K2 (512 latent + 64 rope key).
 
-A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the slots 0…p. That one
-rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding above p, where no
-query looks before it has been overwritten), without a mask that anyone must carry around.
+A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the slots 0…p. That
+one rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding above p, where
+no query looks before it has been overwritten), without a mask that anyone must carry around.
 
 Legend: B rows, T new tokens, S slots, L latent, R rope key.
 """
@@ -50,7 +50,12 @@ class LatentCache:
     def append(
         self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `Cache.append`. Raises InputError past the capacity."""
+        """See `Cache.append`. Raises InputError past the capacity, or for another number of rows than the cache has."""
+        if positions_BT.shape[0] != self.latents.shape[1]:
+            raise InputError(
+                f"{positions_BT.shape[0]} rows do not fit a latent cache of {self.latents.shape[1]}.",
+                "Make the cache with `new_cache(batch=…)` for as many rows as the token ids have.",
+            )
         used = int(positions_BT.max()) + 1
         if used > self.capacity:
             raise InputError(

@@ -1,8 +1,9 @@
 """Causal attention for training on a CPU: the scores of one sequence at a time, so that they stay in the cache.
 
-torch's fused CPU kernel spends eight times its forward on the backward (at 256 tokens of 64-wide heads: 13 ms and 100 ms for
-256 heads on two cores); batched bfloat16 products with the fused softmax backward take a third of that. The probabilities are
-kept for the backward: T² · 2 bytes per head, which is right for training lengths up to a few thousand tokens.
+torch's fused CPU kernel spends eight times its forward on the backward (at 256 tokens of 64-wide heads: 13 ms and 100
+ms for 256 heads on two cores); batched bfloat16 products with the fused softmax backward take a third of that. The
+probabilities are kept for the backward: T² · 2 bytes per head, which is right for training lengths up to a few thousand
+tokens.
 
 Legend: B batch, H heads, T tokens, X key width, V value width.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def causal_attention(q_BHTX: Tensor, k_BHTX: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
-    """softmax(q·kᵀ·scale, causal) · v -> [B, H, T, V], differentiable; softmax in float32 inside, rounded to v's dtype."""
+    """softmax(q·kᵀ·scale, causal) · v -> [B, H, T, V], differentiable; softmax in float32, rounded to v's dtype."""
     return _CausalAttention.apply(q_BHTX, k_BHTX, v_BHTV, scale)  # pyright: ignore[reportReturnType]
 
 

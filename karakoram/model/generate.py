@@ -1,4 +1,4 @@
-"""The naive oracle: one sequence (or a plain batch), one token at a time, every step a forward pass over the latent cache.
+"""The naive oracle: a sequence or a plain batch, one token at a time, every step a forward pass over the latent cache.
 
 It is what faster engines are compared with, and fast enough for small models.
 """
@@ -24,16 +24,25 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `token_ids`; a stop id is yielded and is the last.
 
-    temperature 0 is greedy. stop_ids None means the config's `eos_token_id`. Generation ends at `max_position_embeddings`.
-    Raises InputError at once for an empty or too long prompt, ids outside the vocabulary, or impossible sampling settings.
+    temperature 0 is greedy. stop_ids None means the config's `eos_token_id`. Generation ends at
+    `max_position_embeddings`. Raises InputError at once for an empty or too long prompt, ids outside the vocabulary, or
+    impossible sampling settings.
     """
     _check(model.config, token_ids, max_new_tokens, temperature, top_p)
+    if seed is not None and not 0 <= seed < 2**64:
+        raise InputError(f"The seed {seed} is not a number of 64 bits.", "0 ≤ seed < 2**64.")
     stops = end_ids(model.config) if stop_ids is None else frozenset(stop_ids)
     return _generate(model, list(token_ids), max_new_tokens, temperature, top_p, seed, stops)
 
 
 def _generate(
-    model: Transformer, prompt: list[int], most: int, temperature: float, top_p: float, seed: int | None, stops: frozenset[int]
+    model: Transformer,
+    prompt: list[int],
+    most: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stops: frozenset[int],
 ) -> Iterator[int]:
     generator = torch.Generator(device=model.device)
     if seed is None:
@@ -57,7 +66,9 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
     """One id: the best at temperature 0, else drawn from the smallest set of ids whose probability reaches top_p."""
     if temperature == 0:
         return int(logits_V.argmax())
-    p_V, ids_V = (logits_V.float() / temperature).softmax(-1).sort(descending=True)
+    # float64, and 0 for the best: a temperature near 0 would otherwise make infinities, and of them nothing
+    scaled_V = (logits_V - logits_V.max()).double() / temperature
+    p_V, ids_V = scaled_V.softmax(-1).sort(descending=True)
     if top_p < 1:
         p_V[p_V.cumsum(-1) - p_V >= top_p] = 0  # an id stays if those before it have not reached top_p yet
     return int(ids_V[torch.multinomial(p_V, 1, generator=generator)])
@@ -71,6 +82,8 @@ def generate_batch(
 
     Rows are right-padded: a slot is a position, so padding is overwritten before any query could see it.
     """
+    if not len(prompts):
+        return []
     for prompt in prompts:
         _check(model.config, prompt, max_new_tokens, 0, 1)
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
@@ -88,7 +101,7 @@ def generate_batch(
         for row, token in zip(rows_B.tolist(), next_B.tolist(), strict=True):
             written[row].append(token)
         open_B = torch.tensor([token not in stop_ids for token in next_B.tolist()], device=model.device)
-        open_B &= (lengths_B < room) & (torch.tensor([len(written[r]) for r in rows_B.tolist()]) < max_new_tokens)
+        open_B &= (lengths_B + 1 < room) & (len(written[rows_B[0]]) < max_new_tokens)  # open rows are equally long
         if not bool(open_B.any()):
             return written
         if not bool(open_B.all()):
@@ -105,7 +118,9 @@ def end_ids(config: ModelConfig) -> frozenset[int]:
     return frozenset() if ends is None else frozenset((ends,) if isinstance(ends, int) else ends)
 
 
-def _check(config: ModelConfig, token_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(
+    config: ModelConfig, token_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float
+) -> None:
     if not len(token_ids):
         raise InputError("The prompt is empty.", "Give at least one token; the vocabulary's [BOS] will do.")
     if len(token_ids) >= config.max_position_embeddings:
@@ -114,8 +129,12 @@ def _check(config: ModelConfig, token_ids: Sequence[int], max_new_tokens: int, t
         )
     if not all(0 <= token < config.vocab_size for token in token_ids):
         bad = next(token for token in token_ids if not 0 <= token < config.vocab_size)
-        raise InputError(f"Token id {bad} is outside the vocabulary of {config.vocab_size:,}.", "Use this model's tokenizer.")
+        raise InputError(
+            f"Token id {bad} is outside the vocabulary of {config.vocab_size:,}.", "Use this model's tokenizer."
+        )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}.", "Ask for at least one token.")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature {temperature} with top_p {top_p} cannot be sampled.", "temperature ≥ 0, 0 < top_p ≤ 1.")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise InputError(
+            f"temperature {temperature} with top_p {top_p} cannot be sampled.", "temperature ≥ 0, 0 < top_p ≤ 1."
+        )

@@ -1,8 +1,9 @@
-"""Tokens to experts and back: sort rows by expert, multiply each run by its own expert's matrix, return rows to their places.
+"""Tokens to experts and back: sort rows by expert, multiply each run by its own expert's matrix, return rows to their
+places.
 
-On a CPU a loop over experts of ordinary products beats padding all runs to the longest (which wastes the imbalance), and its
-backward writes straight into one gradient stack. Sorting and unsorting are permutations, so their backward is the opposite
-gather; autograd's own index backward would scatter with atomics (10 times slower at 32,768 rows of 256).
+On a CPU a loop over experts of ordinary products beats padding all runs to the longest (which wastes the imbalance),
+and its backward writes straight into one gradient stack. Sorting and unsorting are permutations, so their backward is
+the opposite gather; autograd's own index backward would scatter with atomics (10 times slower at 32,768 rows of 256).
 
 Legend: N tokens, K experts per token, S = N·K slots, M ≥ S rows, D hidden, X in, Y out, E experts.
 """

@@ -1,8 +1,8 @@
 """Fresh weights for a model that is to be trained.
 
-Matrices are normal with standard deviation fan_in^-0.5 (activations keep their size through a projection); those that write
-into the residual stream (`o_proj`, `down_proj`) start at a tenth of it, so that the first steps see an almost identity network. Embeddings and
-head follow `initializer_range` 0.02. Norm weights are 1, router biases 0.
+Matrices are normal with standard deviation fan_in^-0.5 (activations keep their size through a projection); those that
+write into the residual stream (`o_proj`, `down_proj`) start at a tenth of it, so that the first steps see an almost
+identity network. Embeddings and head follow `initializer_range` 0.02. Norm weights are 1, router biases 0.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The two pieces every layer is made of: RMSNorm and SwiGLU.
 
-RMSNorm computes in float32, rounds to the input's dtype, and only then multiplies by the weight, as DeepSeek-V3's released
-code does: in bfloat16 the order shows. `SwiGLU` is `down(silu(gate(x)) * up(x))`, without biases; it serves the dense layers
-and the shared experts.
+RMSNorm computes in float32, rounds to the input's dtype, and only then multiplies by the weight, as DeepSeek-V3's
+released code does: in bfloat16 the order shows. `SwiGLU` is `down(silu(gate(x)) * up(x))`, without biases; it serves
+the dense layers and the shared experts.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """From a checkpoint to a running model: each tensor is read, decoded to the model's dtype, and put in its place.
 
-Whatever the file holds (bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go into
-their layer's stacks one by one. Peak memory is the model and one tensor.
+Whatever the file holds (bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go
+into their layer's stacks one by one. Peak memory is the model and one tensor.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from karakoram.errors import CheckpointError, InputError
 from karakoram.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICES = ("cpu", "cuda")
 
 
 def load_model(
@@ -24,8 +25,8 @@ def load_model(
 ) -> Transformer:
     """Load a K2-shaped checkpoint for inference; None is the bundled nano.
 
-    dtype is bfloat16 or float32. Raises CheckpointError (missing or damaged files, too little memory), ConfigError (another
-    architecture, unknown settings), InputError (device or dtype that is not there).
+    dtype is bfloat16 or float32. Raises CheckpointError (missing or damaged files, too little memory), ConfigError
+    (another architecture, unknown settings), InputError (device or dtype that is not there).
     """
     wanted = _dtype(dtype)
     place = _device(device)
@@ -64,10 +65,14 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"There is no device {device!r} here.", "`k2 doctor` lists what there is; cpu always works.") from error
-    return place
+        if place.type in DEVICES:
+            torch.empty(0, device=place)
+            return place
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"There is no device {str(device)!r} here.", "`k2 doctor` lists what there is; cpu always works."
+        ) from error
+    raise InputError(f"A model cannot be loaded to device {str(device)!r}.", f"Choose one of {', '.join(DEVICES)}.")
 
 
 def _refuse_too_large(model: Transformer, place: torch.device, source: Path) -> None:
@@ -75,6 +80,7 @@ def _refuse_too_large(model: Transformer, place: torch.device, source: Path) -> 
     available = memory().available_bytes if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
     if available is not None and needed > available:
         raise CheckpointError(
-            f"{source} needs {needed / 1e9:,.1f} GB as {model.dtype}, and {available / 1e9:,.1f} GB are free on {place}.",
+            f"{source} needs {needed / 1e9:,.1f} GB as {model.dtype}, but only {available / 1e9:,.1f} GB are free "
+            f"on {place}.",
             "Take a smaller model; `k2 inspect` tells what a checkpoint needs.",
         )

@@ -1,9 +1,9 @@
 """Mixture of experts: a router, the experts it sends tokens to, and one shared expert that sees every token.
 
-The model never learns where an expert lives: routed experts stand behind the `ExpertBank` seam. `LocalExperts` keeps them as
-three stacks and serves both running and training: tokens are sorted by expert, each expert multiplies its own rows, and the
-results go back to their places. A token's K partial results are summed in the order of its slots, in float32, so that the
-sum does not depend on the order in which experts were run.
+The model never learns where an expert lives: routed experts stand behind the `ExpertBank` seam. `LocalExperts` keeps
+them as three stacks and serves both running and training: tokens are sorted by expert, each expert multiplies its own
+rows, and the results go back to their places. A token's K partial results are summed in the order of its slots, in
+float32, so that the sum does not depend on the order in which experts were run.
 
 Legend: N tokens, D hidden, I expert width, E experts, K experts per token, M rows sorted by expert.
 """

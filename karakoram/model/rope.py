@@ -1,10 +1,10 @@
 """Rotary positions: interleaved pairs, with YaRN's per-pair frequencies.
 
-K2 rotates pairs `(x0, x1), (x2, x3), …` by `position * inv_freq[i]` (not halves). YaRN is static: the same frequencies at all
-lengths. Pairs that turn more than `beta_fast` times within the original context keep their frequency, pairs that turn
-less than `beta_slow` times are slowed down by `factor`, and a linear ramp lies between. K2 sets `beta_fast` to 1, which makes
-the ramp a step at pair 20; K2.5 sets 32. The softmax scale grows by mscale² (DeepSeek-V3 `modeling_deepseek.py`; YaRN,
-arXiv 2309.00071, §3.2 and §3.4).
+K2 rotates pairs `(x0, x1), (x2, x3), …` by `position * inv_freq[i]` (not halves). YaRN is static: the same frequencies
+at all lengths. Pairs that turn more than `beta_fast` times within the original context keep their frequency, pairs that
+turn less than `beta_slow` times are slowed down by `factor`, and a linear ramp lies between. K2 sets `beta_fast` to 1,
+which makes the ramp a step at pair 20; K2.5 sets 32. The softmax scale grows by mscale² (DeepSeek-V3
+`modeling_deepseek.py`; YaRN, arXiv 2309.00071, §3.2 and §3.4).
 
 Legend: B batch, T tokens, H heads, R rope dimensions, P = R / 2 pairs.
 """

@@ -1,8 +1,9 @@
 """The router: which experts a token visits, and with which weights.
 
-`noaux_tc` of DeepSeek-V3 (arXiv 2412.19437, §2.1.2): sigmoid scores in float32; a per-expert correction bias that balances
-the load enters the *selection only*; the weights are the plain scores of the chosen, normalised and scaled. With groups, a
-group's rank is the sum of its two best biased scores, and only the experts of the best groups may be chosen.
+`noaux_tc` of DeepSeek-V3 (arXiv 2412.19437, §2.1.2): sigmoid scores in float32; a per-expert correction bias that
+balances the load enters the *selection only*; the weights are the plain scores of the chosen, normalised and scaled.
+With groups, a group's rank is the sum of its two best biased scores, and only the experts of the best groups may be
+chosen.
 
 Legend: N tokens, D hidden, E experts, K experts per token, G groups.
 """
@@ -15,7 +16,7 @@ from karakoram.config import ModelConfig
 
 
 class Router(nn.Module):
-    """Holds `weight` [E, D] and `e_score_correction_bias` float32 [E] (a buffer: balance moves it, no gradient does)."""
+    """Holds `weight` [E, D] and `e_score_correction_bias` float32 [E] (a buffer: balance moves it, not a gradient)."""
 
     e_score_correction_bias: Tensor
 
@@ -28,7 +29,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias_E)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states -> expert ids int64 [N, K] and weights float32 [N, K]; the order within K carries no meaning."""
+        """Hidden states -> expert ids int64 [N, K] and weights float32 [N, K]; the order within K means nothing."""
         scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
         ids_NK = choose(scores_NE.detach() + self.e_score_correction_bias, self.config)
         return ids_NK, weigh(scores_NE.gather(-1, ids_NK), self.config)

@@ -1,8 +1,9 @@
 """The whole model: embedding, layers, norm, head. Mathematics only: whatever a layer reads arrives as an argument.
 
-A layer is `h = x + attention(norm(x))`, `h + feed_forward(norm(h))`; the first `first_k_dense_replace` layers have a dense
-SwiGLU, the others a mixture of experts. Parameters carry the checkpoint's names, except that a layer's routed experts are
-three stacks (`mlp.experts.gate_proj` [E, I, D] …). Source: DeepSeek-V3 (arXiv 2412.19437, §2.1) and its released code.
+A layer is `h = x + attention(norm(x))`, `h + feed_forward(norm(h))`; the first `first_k_dense_replace` layers have a
+dense SwiGLU, the others a mixture of experts. Parameters carry the checkpoint's names, except that a layer's routed
+experts are three stacks (`mlp.experts.gate_proj` [E, I, D] …). Source: DeepSeek-V3 (arXiv 2412.19437, §2.1) and its
+released code.
 
 Legend: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -106,8 +107,10 @@ class Transformer(nn.Module):
         positions  int64 [B, T]; default: on from what the cache holds, else 0…T-1. With a cache they are also the slots
                    written, and a token sees slots 0…position.
         experts    another home of the routed experts than this module's own stacks.
-        Raises InputError for ids outside the vocabulary, wrong shapes, or positions past the cache.
+        Raises InputError for ids outside the vocabulary, wrong shapes, or positions before 0 or past the cache.
         """
+        if logits_for not in ("all", "last"):
+            raise InputError(f"There are no logits for {logits_for!r}.", "Ask for 'all' positions or the 'last'.")
         self._check(token_ids_BT, positions)
         x_BTD = self.hidden(token_ids_BT, cache, positions, experts, watch)
         return self.logits(x_BTD if logits_for == "all" else x_BTD[:, -1:])
@@ -120,7 +123,7 @@ class Transformer(nn.Module):
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        """Token ids [B, T] -> final normed hidden states [B, T, D]; unchecked, for callers that made the ids themselves."""
+        """Token ids [B, T] -> final normed hidden states [B, T, D]; unchecked, for callers that made the ids."""
         if positions is None:
             start, count = 0 if cache is None else cache.length, token_ids_BT.shape[1]
             positions = torch.arange(start, start + count, device=token_ids_BT.device).expand_as(token_ids_BT)
@@ -150,6 +153,8 @@ class Transformer(nn.Module):
             raise InputError(
                 f"Token ids have shape {tuple(token_ids_BT.shape)}.", "Give [batch, tokens], neither empty."
             )
+        if token_ids_BT.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"Token ids are {token_ids_BT.dtype}.", "Give integers: torch.long.")
         low, high = int(token_ids_BT.min()), int(token_ids_BT.max())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
@@ -158,4 +163,9 @@ class Transformer(nn.Module):
                 "Use the tokenizer that came with this checkpoint.",
             )
         if positions is not None and positions.shape != token_ids_BT.shape:
-            raise InputError(f"Positions {tuple(positions.shape)} do not match token ids {tuple(token_ids_BT.shape)}.")
+            raise InputError(
+                f"Positions {tuple(positions.shape)} do not match token ids {tuple(token_ids_BT.shape)}.",
+                "Give one position for each id.",
+            )
+        if positions is not None and int(positions.min()) < 0:
+            raise InputError(f"Position {int(positions.min())} is before the first.", "Positions count from 0.")

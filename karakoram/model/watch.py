@@ -1,7 +1,7 @@
 """What a trainer must see of a forward pass: each head's largest attention logit, and each expert's load.
 
-QK-Clip (Kimi K2 report, arXiv 2507.20534, §2.1) needs the first, the balance of experts the second. A `Watch` is handed to
-the model like any other argument; without one nothing is measured.
+QK-Clip (Kimi K2 report, arXiv 2507.20534, §2.1) needs the first, the balance of experts the second. A `Watch` is handed
+to the model like any other argument; without one nothing is measured.
 
 Legend: B batch, T tokens, H heads, E experts, K experts per token.
 """
@@ -33,8 +33,9 @@ class Watch:
     def see_attention(self, layer: int, q_BHTx: Tensor, k_BHTx: Tensor, scale: float) -> None:
         """Queries and keys of one causal pass (T = S).
 
-        The Cauchy-Schwarz bound max‖q‖·max‖k‖·scale costs next to nothing; only heads whose bound passes the threshold are
-        measured exactly. For the others the bound stands in, which is below the threshold too: clipping decides the same.
+        The Cauchy-Schwarz bound max‖q‖·max‖k‖·scale costs next to nothing; only heads whose bound passes the threshold
+        are measured exactly. For the others the bound stands in, which is below the threshold too: clipping decides the
+        same.
         """
         longest_q_H, longest_k_H = (x.norm(dim=-1).amax((0, 2)).float() for x in (q_BHTx, k_BHTx))
         most_H = longest_q_H * longest_k_H * scale * BOUND_MARGIN
