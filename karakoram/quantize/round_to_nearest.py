@@ -1,7 +1,7 @@
 """Round to nearest: the plainest way onto the int4 group-32 grid.
 
-A group's scale is its largest magnitude over 7, rounded to bfloat16, so that no weight is clipped; codes are the nearest of
--7…7. No calibration: right as the target of INT4-aware training, where the weights themselves learn to fit.
+A group's scale is its largest magnitude over 7, rounded to bfloat16, so that no weight is clipped; codes are the
+nearest of -7…7. No calibration: right as the target of INT4-aware training, where the weights themselves learn to fit.
 """
 
 import torch

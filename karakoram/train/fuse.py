@@ -1,12 +1,13 @@
 """Compile the small pieces between the matrix products, where a compiler and Python's headers are at hand.
 
 On a CPU the products of a small model run on AMX in about the time that the norms, rotations and sums around them take
-in eager mode, each of which walks through memory five to ten times. torch.compile turns every one into a single pass (RMSNorm
-of [8192, 256] forward and backward: 17 ms -> 3 ms on two cores). Only these pieces are compiled, with dynamic shapes: seconds, not the minutes
-that a whole model takes, and every shape of batch shares the code.
+in eager mode, each of which walks through memory five to ten times. torch.compile turns every one into a single pass
+(RMSNorm of [8192, 256] forward and backward: 17 ms -> 3 ms on two cores). Only these pieces are compiled, with dynamic
+shapes: seconds, not the minutes that a whole model takes, and every shape of batch shares the code.
 """
 
 from collections.abc import Callable
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -45,5 +46,5 @@ def _compiler_works() -> bool:
         return bool(
             torch.compile(lambda x: x.float() * 2 + 1, dynamic=True)(torch.ones(4, dtype=torch.bfloat16)).sum() == 12
         )
-    except Exception:  # any failure of the toolchain (no compiler, no headers, read-only cache) means: run uncompiled
+    except (RuntimeError, OSError, ImportError, SubprocessError):  # no compiler, no headers, a cache that is read-only
         return False

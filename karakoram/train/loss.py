@@ -1,8 +1,8 @@
 """Weighted cross-entropy through the head, a slice of rows at a time.
 
-Logits of a whole batch in float32 are the largest tensor of a training step (8,192 rows × 5,120 ids: 168 MB, walked through
-six times). Here a slice's logits are made, turned into loss and gradient, multiplied back, and forgotten, all while they are in
-the cache: the backward pass only scales what the forward already knows.
+Logits of a whole batch in float32 are the largest tensor of a training step (8,192 rows × 5,120 ids: 168 MB, walked
+through six times). Here a slice's logits are made, turned into loss and gradient, multiplied back, and forgotten, all
+while they are in the cache: the backward pass only scales what the forward already knows.
 
 Legend: N rows, D hidden, V vocabulary.
 """
@@ -18,7 +18,10 @@ ROWS = 1024  # 1,024 × 5,120 float32 logits are 21 MB: within the last-level ca
 
 
 def head_loss(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, slice_loss: "SliceLoss") -> Tensor:
-    """Σ weight · −log p(target), a scalar; differentiable in x and head. `slice_loss` is `loss_and_gradient` or a compiled twin."""
+    """Σ weight · −log p(target), a scalar; differentiable in x and head.
+
+    `slice_loss` is `loss_and_gradient` or a compiled twin of it.
+    """
     return _HeadLoss.apply(x_ND, head_VD, targets_N, weights_N, slice_loss)  # pyright: ignore[reportReturnType]
 
 

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-# glibc gives blocks over 128 KiB back to the kernel when they are freed, and gets them again page by page, zeroed: activations
-# of 4 to 40 MB then cost three times their use. These two settings of mallopt(3) keep them.
+# glibc gives blocks over 128 KiB back to the kernel when they are freed, and gets them again page by page, zeroed:
+# activations of 4 to 40 MB then cost three times their use. These two settings of mallopt(3) keep them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def faster_dtype(rows: int = 2048, inputs: int = 256, outputs: int = 128) -> torch.dtype:
-    """bfloat16 or float32: whichever multiplies an expert's rows faster here, backward products included (best of 12)."""
+    """bfloat16 or float32: whichever multiplies an expert's rows faster here, backward products too (best of 12)."""
     return min((torch.bfloat16, torch.float32), key=lambda dtype: _seconds(dtype, rows, inputs, outputs))
 
 

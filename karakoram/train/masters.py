@@ -1,11 +1,12 @@
 """Master weights: float32 truths behind the bfloat16 (or float32) parameters that the model computes with.
 
-An optimizer step edits the masters; `publish` writes them into the model. A bfloat16 weight cannot take the step itself: at
-learning rates of 1e-3 most updates are below half a unit in its last place.
+An optimizer step edits the masters; `publish` writes them into the model. A bfloat16 weight cannot take the step
+itself: at learning rates of 1e-3 most updates are below half a unit in its last place.
 
-INT4-aware training lives in `publish`: from then on routed experts are published as the nearest point of the int4 group-32 grid.
-Forward and backward see what will be stored, the gradient goes to the master unchanged (the straight-through estimator), and
-the finished checkpoint lies on the grid bit for bit (K2-Thinking model card: INT4 for the routed experts, trained in).
+INT4-aware training lives in `publish`: from then on routed experts are published as the nearest point of the int4
+group-32 grid. Forward and backward see what will be stored, the gradient goes to the master unchanged (the
+straight-through estimator), and the finished checkpoint lies on the grid bit for bit (K2-Thinking model card: INT4 for
+the routed experts, trained in).
 """
 
 import torch

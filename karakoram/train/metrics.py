@@ -1,6 +1,7 @@
 """What a run says of itself: a line of JSON per step in metrics.jsonl, and a progress bar."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Metrics:
-    """Use as a context manager; `step` after every step. Time counts over resumed parts through `elapsed_before`."""
+    """Use as a context manager; `step` after every step.
 
-    def __init__(self, path: Path, elapsed_before_s: float, quiet: bool = False) -> None:
+    elapsed_before_s, steps_before are those of the parts before a resumed one. Lines of later steps are dropped: a
+    killed run had gone on after its last checkpoint, and goes over those steps again.
+    """
+
+    def __init__(self, path: Path, elapsed_before_s: float, quiet: bool = False, steps_before: int = 0) -> None:
+        _keep_up_to(path, steps_before)
         self._file = path.open("a", buffering=1)
         self._start = time.monotonic() - elapsed_before_s
         self._progress = Progress(
@@ -24,7 +30,7 @@ class Metrics:
             disable=quiet,
             speed_estimate_period=120.0,
         )
-        self._bar = self._progress.add_task("train", total=1.0, step=0, loss=float("nan"), speed=0.0)
+        self._bar = self._progress.add_task("train", total=1.0, step=steps_before, loss=float("nan"), speed=0.0)
         self._smooth: float | None = None
 
     def __enter__(self) -> "Metrics":
@@ -48,3 +54,20 @@ class Metrics:
         self._progress.update(
             self._bar, completed=progress, step=line["step"], loss=self._smooth, speed=line["tokens_per_s"]
         )
+
+
+def _keep_up_to(path: Path, steps: int) -> None:
+    if not path.is_file():
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    with path.open() as before, partial.open("w") as after:
+        after.writelines(line for line in before if 0 < _step_of(line) <= steps)
+    os.replace(partial, path)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; 0 for one that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

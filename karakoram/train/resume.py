@@ -4,7 +4,7 @@
     OUT/step-1200.state/      masters, optimizer state (state.safetensors) and counters (state.json)
 
 Both are written under another name and renamed, the model last: a model directory that is there is whole, and so is its
-state. The newest two are kept.
+state. The newest two are kept. A save that fails (a full disk) removes what it wrote; the checkpoints before it stay.
 """
 
 import json
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from karakoram.checkpoint.save import write_checkpoint
-from karakoram.config import ModelConfig
-from karakoram.errors import TrainingError
+from karakoram.config import ModelConfig, int4_quantization_config
+from karakoram.errors import CheckpointError, TrainingError
 from karakoram.formats import int4_group
 from karakoram.model.transformer import Transformer
 
@@ -30,8 +31,9 @@ KEEP = 2
 def save_model(model: Transformer, config: ModelConfig, out: Path, files: Mapping[str, bytes], int4: bool) -> None:
     """Write `model` in HF layout; `int4` stores routed experts packed (they must lie on the grid already)."""
     raw = config.to_dict()
-    if not int4:
-        raw.pop("quantization_config", None)
+    raw.pop("quantization_config", None)
+    if int4:
+        raw["quantization_config"] = config.quantization_config or int4_quantization_config()
     tensors = list(stored_tensors(model, int4))
     write_checkpoint(out, raw, tensors, extra_files=files, overwrite=True)
 
@@ -58,25 +60,68 @@ def stored_tensors(model: Transformer, int4: bool) -> Iterator[tuple[str, Tensor
             yield f"{prefix}_shape", torch.tensor(weight.shape, dtype=torch.int32)
 
 
+def save_checkpoint(
+    path: Path,
+    model: Transformer,
+    config: ModelConfig,
+    files: Mapping[str, bytes],
+    state: Mapping[str, Tensor],
+    counters: Mapping[str, Any],
+) -> None:
+    """Write OUT/step-N (`path`) and its state, all or nothing, and forget all but the newest two checkpoints.
+
+    Raises TrainingError where that fails: what was saved before is untouched, and the error says where one can go on.
+    """
+    try:
+        save_state(state_dir(path), state, counters)
+        save_model(model, config, path, files, int4=False)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        if not path.is_dir():
+            shutil.rmtree(state_dir(path), ignore_errors=True)
+        before = newest(path.parent)
+        rest = f"--resume goes on from {before.name}" if before else "nothing was saved before"
+        why = error.what.rstrip(".") if isinstance(error, CheckpointError) else str(error)
+        raise TrainingError(
+            f"{path} could not be saved: {why}.", f"Free some space or mend the disk; {rest}."
+        ) from error
+    forget_old(path.parent)
+
+
 def save_state(out: Path, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-    """Write OUT/<name>.state atomically."""
+    """Write OUT/<name>.state atomically; a failure leaves nothing of it."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(counters, indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    try:
+        partial.mkdir(parents=True)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(counters, indent=1))
+        for file in partial.iterdir():
+            _flush(file)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote. Raises TrainingError for a damaged one."""
     try:
-        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
-    except Exception as error:  # safetensors raises its own kinds, json others: all mean the same to the user
+        tensors, counters = load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+        numbers = (counters["step"], counters["elapsed_s"], counters["seed"])
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"step, elapsed_s and seed are {numbers}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        model = path.with_suffix("")
         raise TrainingError(
-            f"The training state {path} cannot be read: {error}.", f"Remove {path} and resume from the one before."
+            f"The training state {path} cannot be read: {str(error).rstrip('.')}.",
+            f"Remove {model} and {path.name} to resume from the checkpoint before them.",
         ) from error
+    return tensors, counters
+
+
+def state_dir(path: Path) -> Path:
+    """Where the state of the checkpoint OUT/step-N is."""
+    return path.with_name(f"{path.name}.state")
 
 
 def newest(out: Path) -> Path | None:
@@ -85,16 +130,25 @@ def newest(out: Path) -> Path | None:
 
 
 def forget_old(out: Path) -> None:
-    """Remove all but the newest two checkpoints."""
-    for path in sorted(_complete(out), key=_step)[:-KEEP]:
+    """Remove all but the newest two checkpoints, and states whose model was never written (a killed save)."""
+    kept = sorted(_complete(out), key=_step)
+    for path in kept[:-KEEP]:
         shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(path.with_name(f"{path.name}.state"), ignore_errors=True)
+        shutil.rmtree(state_dir(path), ignore_errors=True)
+    for state in out.glob("step-*.state"):
+        if not state.with_suffix("").is_dir():
+            shutil.rmtree(state, ignore_errors=True)
 
 
 def _complete(out: Path) -> list[Path]:
     found = [path for path in out.glob("step-*") if path.name[5:].isdigit() and (path / "config.json").is_file()]
-    return [path for path in found if path.with_name(f"{path.name}.state").is_dir()]
+    return [path for path in found if state_dir(path).is_dir()]
 
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -1,15 +1,16 @@
 """The training loop: batch, loss, gradients, MuonClip, balance, publish; small enough to read in one go.
 
-Masters in float32 are what is trained; the model holds what they are published as (bfloat16, and int4 points for the routed
-experts towards the end). A run is its configuration, its batches and its out directory: stop it with Ctrl-C, and `resume`
-goes on with the next batch as if nothing had been.
+Masters in float32 are what is trained; the model holds what they are published as (bfloat16, and int4 points for the
+routed experts towards the end). A run is its configuration, its batches and its out directory: stop it with Ctrl-C, and
+`resume` goes on with the next batch as if nothing had been.
 """
 
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +20,18 @@ from karakoram.model.initialize import initialize
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
 from karakoram.train import resume as saved
-from karakoram.train.adamw import AdamW
 from karakoram.train.balance import balance
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.fuse import fuse
-from karakoram.train.loss import head_loss
+from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.masters import Masters
 from karakoram.train.metrics import Metrics
-from karakoram.train.muon import Muon
-from karakoram.train.qk_clip import qk_clip
-from karakoram.train.schedule import rate_share
+from karakoram.train.optim.adamw import AdamW
+from karakoram.train.optim.muon import Muon
+from karakoram.train.optim.qk_clip import qk_clip
+from karakoram.train.optim.schedule import rate_share
+from karakoram.train.run_dir import open_run, settings_of
 
 
 class BatchSource(Protocol):
@@ -38,8 +40,33 @@ class BatchSource(Protocol):
     def __getitem__(self, number: int) -> Batch: ...
 
 
+def train(
+    config: TrainConfig,
+    data: BatchSource,
+    out_dir: Path,
+    resume: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = True,
+    quiet: bool = False,
+) -> Path:
+    """A run from its beginning, or with `resume` from its newest checkpoint; returns the finished model's directory.
+
+    Raises TrainingError where `out_dir` holds another run (see `open_run`), and after Ctrl-C, when all is saved.
+    """
+    with open_run(out_dir, settings_of(config, dtype=str(dtype)), resume):
+        trainer = Trainer(config, data, out_dir, files or {}, dtype, compiled)
+        if resume:
+            trainer.resume()
+        return trainer.run(quiet)
+
+
 class Trainer:
-    """Everything of a run in memory. `files` (tokenizer and the like) are written into every checkpoint."""
+    """Everything of a run in memory; who makes one holds the directory by `open_run`.
+
+    files     written into every checkpoint: the tokenizer and the like
+    compiled  let torch.compile fuse the small pieces where it can (about a minute at the first step)
+    """
 
     def __init__(
         self,
@@ -48,8 +75,9 @@ class Trainer:
         out: Path,
         files: Mapping[str, bytes],
         dtype: torch.dtype = torch.bfloat16,
+        compiled: bool = True,
     ) -> None:
-        self.config, self.batches, self.out, self.files = config, batches, out, files
+        self.config, self.batches, self.out, self.files, self.compiled = config, batches, out, files, compiled
         self.model = initialize(Transformer(config.model, dtype=dtype), config.seed)
         self.masters = Masters(self.model)
         matrices = {n: w for n, w in self.masters.weights.items() if _is_matrix(n, w)}
@@ -62,30 +90,38 @@ class Trainer:
             if i >= config.model.first_k_dense_replace
         }
         self.watch = Watch(config.qk_clip_threshold)
-        self.step, self.elapsed_s = 0, 0.0
+        self.step, self.saved_step = 0, -1
+        self.elapsed_s = 0.0
+        self.slice_loss = loss_and_gradient
 
     def run(self, quiet: bool = False) -> Path:
         """Train to the end; returns the finished model's directory. Ctrl-C saves and raises TrainingError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.slice_loss = fuse(self.model)
+        if self.compiled and self.progress < 1:
+            self.slice_loss = fuse(self.model)
         stop = _StopOnInterrupt()
         last_saved_s = self.elapsed_s
-        with Metrics(self.out / "metrics.jsonl", self.elapsed_s, quiet) as metrics, stop:
-            while self.progress < 1:
+        with Metrics(self.out / "metrics.jsonl", self.elapsed_s, quiet, self.step) as metrics, stop:
+            while self.progress < 1 and not stop.asked:
                 line = self.train_step(self.batches[self.step])
                 self.elapsed_s = metrics.elapsed_s
                 metrics.step(self.progress, line)
-                if stop.asked or self.elapsed_s - last_saved_s > 60 * self.config.checkpoint_minutes:
+                if self.elapsed_s - last_saved_s > 60 * self.config.checkpoint_minutes:
                     self.save()
                     last_saved_s = self.elapsed_s
-                if stop.asked:
-                    break
+            self.save()
         if self.progress < 1:
             raise TrainingError(
-                f"Training was stopped at step {self.step}; everything is saved in {self.out}.", _RESUME
+                f"Training was stopped at step {self.step}; everything is saved in {self.out}.",
+                "Go on with the same command and --resume.",
             )
-        self.save()
         return self.finish()
+
+    @property
+    def finished(self) -> Path | None:
+        """The finished model's directory, if the run has come to its end."""
+        path = self.out / "model"
+        return path if self.progress >= 1 and (path / "config.json").is_file() else None
 
     @property
     def progress(self) -> float:
@@ -103,7 +139,8 @@ class Trainer:
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         if not (norm < float("inf")):
             raise TrainingError(
-                f"The gradient became {norm} at step {self.step}.", "Resume with a lower learning rate."
+                f"The gradient became {norm} at step {self.step}.",
+                f"Begin again with a lower learning rate or another seed; checkpoints in {self.out} are from before.",
             )
         share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
         scale = min(1.0, c.clip_norm / (norm + 1e-6))
@@ -126,42 +163,64 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         x_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
         head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
-        weights_N = batch.weights.flatten() / batch.weights.sum()
+        weights_N = batch.weights.flatten() / batch.weights.sum().clamp_min(1e-6)  # a batch may hold nothing to learn
         loss = head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
         loss.backward()
-        return float(loss)
+        return loss.detach().item()
 
     def save(self) -> None:
-        """Write a checkpoint of this step, and forget all but the newest two."""
+        """Write a checkpoint of this step, if there is none yet, and forget all but the newest two."""
+        if self.step == self.saved_step:
+            return
+        state = self._trained() | {f"adamw/{n}": t for n, t in self.adamw.state().items()}
+        counters = {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "seed": self.config.seed,
+            "int4_experts": self.masters.int4_experts,
+        }
         path = self.out / f"step-{self.step}"
-        state = {f"masters/{n}": t for n, t in self.masters.weights.items()}
-        state |= {f"muon/{n}": t for n, t in self.muon.state().items()}
-        state |= {f"adamw/{n}": t for n, t in self.adamw.state().items()}
-        state |= {f"bias/{n}": t for n, t in self.biases.items()}
-        counters = {"step": self.step, "elapsed_s": self.elapsed_s, "seed": self.config.seed}
-        saved.save_state(path.with_name(f"{path.name}.state"), state, counters)
-        saved.save_model(self.model, self.config.model, path, self.files, int4=False)
-        saved.forget_old(self.out)
+        saved.save_checkpoint(path, self.model, self.config.model, self.files, state, counters)
+        self.saved_step = self.step
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint in the out directory. Raises TrainingError where there is none."""
+        """Go back to the newest checkpoint in the out directory.
+
+        Raises TrainingError where there is none, or where it is damaged or of another run.
+        """
         path = saved.newest(self.out)
         if path is None:
             raise TrainingError(f"There is no checkpoint to resume in {self.out}.", "Leave out --resume to begin anew.")
-        state, counters = saved.load_state(path.with_name(f"{path.name}.state"))
-        part = {kind: {} for kind in ("masters", "muon", "adamw", "bias")}
-        for name, tensor in state.items():
-            kind, _, rest = name.partition("/")
-            part[kind][rest] = tensor
-        for name, weight in self.masters.weights.items():
-            weight.copy_(part["masters"][name])
-        for layer, bias in self.biases.items():
-            bias.copy_(part["bias"][str(layer)])
-        self.muon.load(part["muon"])
-        self.adamw.load(part["adamw"])
-        self.step, self.elapsed_s = counters["step"], counters["elapsed_s"]
-        self.masters.int4_experts = self.config.int4_from <= self.progress
+        state, counters = saved.load_state(saved.state_dir(path))
+        self._check_state(path, state, counters)
+        for name, tensor in self._trained().items():
+            tensor.copy_(state[name])
+        self.adamw.load({name.removeprefix("adamw/"): t for name, t in state.items() if name.startswith("adamw/")})
+        self.step, self.saved_step, self.elapsed_s = counters["step"], counters["step"], counters["elapsed_s"]
+        # as the last step published them: at the very step where int4 begins, progress alone would say it too early
+        self.masters.int4_experts = counters.get("int4_experts", self.config.int4_from <= self.progress)
         self.masters.publish()
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What training moves, by its name in a saved state; AdamW's moments apart: they begin with a step."""
+        state = {f"masters/{n}": t for n, t in self.masters.weights.items()}
+        state |= {f"muon/{n}": t for n, t in self.muon.state().items()}
+        return state | {f"bias/{n}": t for n, t in self.biases.items()}
+
+    def _check_state(self, path: Path, state: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        if counters["seed"] != self.config.seed:
+            raise TrainingError(
+                f"{path} was trained with seed {counters['seed']}, this run has seed {self.config.seed}.",
+                f"Resume with --seed {counters['seed']}.",
+            )
+        expected = self._trained()
+        others = {n: t for n, t in state.items() if not n.startswith("adamw/")}
+        wrong = sorted({*expected} ^ {*others}) or [n for n, t in expected.items() if t.shape != others[n].shape]
+        if wrong:
+            raise TrainingError(
+                f"The state of {path} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}.",
+                "Resume with the configuration that the run was started with.",
+            )
 
     def finish(self) -> Path:
         """Write the finished model to OUT/model: routed experts int4 if they were trained so."""
@@ -172,19 +231,22 @@ class Trainer:
         return path
 
 
-_RESUME = "Go on with the same command and --resume."
-
-
 class _StopOnInterrupt:
-    """While active, Ctrl-C asks to stop after the step (a half-made step would spoil the masters); a second one stops at once."""
+    """While active, Ctrl-C asks to stop after the step (half a step would spoil the masters), a second one at once.
+
+    Python lets only the main thread handle signals; in another one nothing changes.
+    """
 
     asked = False
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._before = signal.signal(signal.SIGINT, self._ask)
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._handles:
+            signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, *_: object) -> None:
         if self.asked:

@@ -2,9 +2,9 @@
 
     γ_h = min(1, τ / S_h);   q_nope, k_nope of head h × √γ_h;   q_rope of head h × γ_h;   the shared rope key stays
 
-S_h is the largest softmax input that the forward saw. The head's logits shrink by γ exactly; other heads, values, momentum and
-learning rate are untouched (Kimi K2 report, arXiv 2507.20534, §2.1 and Algorithm 1). It edits float32 masters: a bfloat16
-weight rounds most factors below 1 away.
+S_h is the largest softmax input that the forward saw. The head's logits shrink by γ exactly; other heads, values,
+momentum and learning rate are untouched (Kimi K2 report, arXiv 2507.20534, §2.1 and Algorithm 1). It edits float32
+masters: a bfloat16 weight rounds most factors below 1 away.
 """
 
 from collections.abc import Mapping

@@ -2,10 +2,10 @@
 
     M ← μM + G;  O = orthogonalize(μM + G);  W ← W − η · (0.2 · √max(A, B) · O + λW)
 
-The factor 0.2·√max(A, B) gives the update the RMS of an AdamW step, so both share one learning rate and one weight decay
-("Muon is Scalable for LLM Training", arXiv 2502.16982, §2.2). A matrix is a parameter as it stands; a stack of experts is
-that many matrices. Matrices of one shape are orthogonalised together, in batched bfloat16 products: a step costs a few large
-kernels whatever the number of experts.
+The factor 0.2·√max(A, B) gives the update the RMS of an AdamW step, so both share one learning rate and one weight
+decay ("Muon is Scalable for LLM Training", arXiv 2502.16982, §2.2). A matrix is a parameter as it stands; a stack of
+experts is that many matrices. Matrices of one shape are orthogonalised together, in batched bfloat16 products: a step
+costs a few large kernels whatever the number of experts.
 
 Legend: n matrices of A rows and B columns.
 """

@@ -1,7 +1,7 @@
 """AdamW for what is not a matrix to orthogonalise: embedding, head and norm gains.
 
-torch's own, on the float32 masters, with Moonlight's settings (arXiv 2502.16982, §2.4): betas 0.9 and 0.95, weight decay
-0.1 on the norm gains too.
+torch's own, on the float32 masters, with Moonlight's settings (arXiv 2502.16982, §2.4): betas 0.9 and 0.95, weight
+decay 0.1 on the norm gains too.
 """
 
 from collections.abc import Mapping
