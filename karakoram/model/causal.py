@@ -43,7 +43,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_HTV, p_HTT = grads[0][b], p_BHTT[b]
             grad_v[b] = p_HTT.mT @ grad_HTV
             grad_p_HTT = grad_HTV @ v[b].mT
-            grad_s_HTT = torch._softmax_backward_data(grad_p_HTT, p_HTT, -1, p_HTT.dtype)
+            grad_s_HTT = torch._softmax_backward_data(grad_p_HTT, p_HTT, -1, p_HTT.dtype)  # pyright: ignore[reportPrivateImportUsage]
             grad_q[b] = (grad_s_HTT @ k[b]).mul_(ctx.scale)
             grad_k[b] = (grad_s_HTT.mT @ q[b]).mul_(ctx.scale)
         return grad_q, grad_k, grad_v, None

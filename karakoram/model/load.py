@@ -57,7 +57,7 @@ def fill(model: Transformer, checkpoint: Checkpoint) -> None:
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted not in DTYPES.values():
+    if wanted is None or wanted not in DTYPES.values():
         raise InputError(f"A model cannot be loaded as {dtype}.", f"Choose one of {', '.join(DTYPES)}.")
     return wanted
 

@@ -219,7 +219,10 @@ def shared_experts_scaled_like_the_routed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(MixtureOfExperts, "forward", forward)
 
 
-def test_without_a_mutation_the_check_passes(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_mutation_the_check_passes(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, measured: Callable[[str, float], None]
+) -> None:
+    measured("forward, float32, no mutation", delta(saved))
     assert delta(saved) <= TOLERANCE
     _group_rule(monkeypatch, 2, float("-inf"))  # the mutations' own copy of the rule is right where they do not bend it
     assert delta(saved) <= TOLERANCE
