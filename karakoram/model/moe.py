@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
-from karakoram.model.grouped import assign, gather, grouped_linear, spread
+from karakoram.model.backward.grouped import assign, gather, grouped_linear, spread
 from karakoram.model.layers import SwiGLU
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch

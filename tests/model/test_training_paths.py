@@ -7,8 +7,8 @@ from torch import Tensor
 
 from karakoram.config import ModelConfig
 from karakoram.model.attention import scaled_attention
-from karakoram.model.causal import causal_attention
-from karakoram.model.grouped import ROUND_TO, Assignment, assign, gather, grouped_linear, spread
+from karakoram.model.backward.causal import causal_attention
+from karakoram.model.backward.grouped import ROUND_TO, Assignment, assign, gather, grouped_linear, spread
 from karakoram.model.moe import LocalExperts
 from tests.model.reference import SHAPE, Case, distance
 
