@@ -1,7 +1,7 @@
 """What goes wrong, said once and said well.
 
-Every error that a user can cause is a `KarakoramError`: what happened, to which thing, with which value, and what to do.
-The command line prints it as one line and exits with 2; a traceback is a bug.
+Every error that a user can cause is a `KarakoramError`: what happened, to which thing, with which value, and what to
+do. The command line prints it as one line and exits with 2; a traceback is a bug.
 """
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
-from karakoram.model.cache import Cache
 from karakoram.model.backward.causal import causal_attention
+from karakoram.model.cache import Cache
 from karakoram.model.layers import RMSNorm, linear
 from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch

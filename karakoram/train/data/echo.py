@@ -1,9 +1,9 @@
 """A warm-up that teaches copying: random tokens, said three times over.
 
-Everything that nano does (a tool's name into the call, a value into an argument, a result into the answer) rests on finding what
-followed the same tokens earlier. Attention heads that do so ("induction heads", Olsson et al., arXiv 2209.11895) form late
-in dialogs, where most tokens can be guessed from phrasing; on repeated random tokens nothing else helps, and they form
-within a few hundred small steps. The first telling weighs nothing: it cannot be predicted.
+Everything that nano does (a tool's name into the call, a value into an argument, a result into the answer) rests on
+finding what followed the same tokens earlier. Attention heads that do so ("induction heads", Olsson et al., arXiv
+2209.11895) form late in dialogs, where most tokens can be guessed from phrasing; on repeated random tokens nothing else
+helps, and they form within a few hundred small steps. The first telling weighs nothing: it cannot be predicted.
 """
 
 from typing import Protocol
