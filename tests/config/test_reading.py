@@ -124,7 +124,7 @@ def test_every_harmless_key_has_a_reason_and_one_list() -> None:
         ("attention_dropout", 0.1),
         ("rope_interleave", False),
         ("sliding_window", 4096),
-        ("num_key_value_heads", 4),
+        ("num_key_value_heads", 2),
         ("head_dim", 48),
         ("qk_head_dim", 65),
         ("num_local_experts", 8),
