@@ -13,6 +13,7 @@ from karakoram.config import ModelConfig
 from karakoram.errors import CheckpointError, ConfigError, FormatError, InputError
 from karakoram.formats import fp8_block, int4_group
 from tests.checkpoint import k25_of_holes, tiny
+from tests.peak_memory import PRINT_PEAK_BYTES
 
 
 @pytest.fixture
@@ -281,11 +282,11 @@ def test_k25_in_full(tmp_path: Path, project_root: Path) -> None:
     total = k25_of_holes.write(tmp_path)
     assert total == 595_148_192_736
     code = (
-        "import resource, sys, torch\nfrom karakoram.checkpoint import open_checkpoint\n"
+        "import sys, torch\nfrom karakoram.checkpoint import open_checkpoint\n"
         "c = open_checkpoint(sys.argv[1]); c.check()\n"
         "e = c.expert(60, 383, 'down_proj', torch.bfloat16)\nassert e.shape == (7168, 2048) and not e.any()\n"
         "print(len(c.tensors) + len(c.vision), sum(x.nbytes for x in [*c.tensors.values(), *c.vision.values()]))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        + PRINT_PEAK_BYTES
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=project_root

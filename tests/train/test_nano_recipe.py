@@ -114,7 +114,7 @@ def _k2_train(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": str(root), "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", INTERRUPTED, *arguments],
-        check=False, capture_output=True, text=True, env=environment, cwd=root, timeout=240,
+        check=False, capture_output=True, text=True, env=environment, cwd=root,
     )  # fmt: skip
 
 
