@@ -1,7 +1,7 @@
 """How much memory a process has used at most: a line of Python for a subprocess to run at its end.
 
-`ru_maxrss` is handed down from the process that started this one (Linux keeps it across exec), so a large test runner would be
-measured instead. VmHWM belongs to the program alone; where there is no /proc, `ru_maxrss` has to do.
+`ru_maxrss` is handed down from the process that started this one (Linux keeps it across exec), so a large test runner
+would be measured instead. VmHWM belongs to the program alone; where there is no /proc, `ru_maxrss` has to do.
 """
 
 PRINT_PEAK_BYTES = """
