@@ -137,6 +137,7 @@ def _kimi_vl() -> dict[str, Any]:
 _NANO: Final[dict[str, Any]] = {
     **_COMMON,
     "model_type": "kimi_k2",
+    "tie_word_embeddings": True,  # copying a token must not be learned anew for each: docs/decisions/nano-shape.md
     "vocab_size": 5120,  # 4992 byte-pair ranks + 128 special tokens
     "hidden_size": 256,
     "intermediate_size": 512,

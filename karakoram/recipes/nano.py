@@ -116,8 +116,13 @@ def run_configuration(
 
 def model_files(tokenizer_dir: Path, with_data: bool) -> dict[str, bytes]:
     """What lies beside the weights: the tokenizer, greedy decoding as default, and what the model was trained on."""
-    generation = {"do_sample": False, "temperature": 0.0, "bos_token_id": 4992, "eos_token_id": [4993, 4994]}
-    generation["karakoram"] = {"trained_on": "generated dialogs, GSM8K, text" if with_data else "generated dialogs"}
+    generation = {
+        "do_sample": False,
+        "temperature": 0.0,
+        "bos_token_id": 4992,
+        "eos_token_id": [4993, 4994],
+        "karakoram": {"trained_on": "generated dialogs, GSM8K, text" if with_data else "generated dialogs"},
+    }
     files = {name: (tokenizer_dir / name).read_bytes() for name in ("tiktoken.model", "tokenizer_config.json")}
     return files | {"generation_config.json": json.dumps(generation, indent=2).encode()}
 

@@ -18,6 +18,6 @@ def balance(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], rate: flo
     for layer, load_E in loads.items():
         error_E = load_E.float().mean() - load_E.float()
         sign_E = error_E.sign()
-        biases[layer] += rate * (sign_E - sign_E.mean())
+        biases[layer].add_(rate * (sign_E - sign_E.mean()))
         worst = max(worst, float(load_E.max() / load_E.float().mean()) - 1)
     return worst

@@ -84,10 +84,10 @@ class Trainer:
         others = {n: w for n, w in self.masters.weights.items() if n not in matrices}
         self.muon = Muon(matrices, config.weight_decay)
         self.adamw = AdamW(others, config.weight_decay)
-        self.biases: dict[int, Tensor] = {
-            i: layer.mlp.gate.e_score_correction_bias  # pyright: ignore[reportAttributeAccessIssue]
-            for i, layer in enumerate(self.model.model.layers)
-            if i >= config.model.first_k_dense_replace
+        self.biases = {  # by layer: model.layers.L.mlp.gate.e_score_correction_bias
+            int(name.split(".")[2]): bias
+            for name, bias in self.model.named_buffers()
+            if name.endswith("e_score_correction_bias")
         }
         self.watch = Watch(config.qk_clip_threshold)
         self.step, self.saved_step = 0, -1
