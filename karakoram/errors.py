@@ -6,7 +6,7 @@ do. The command line prints it as one line and exits with 2; a traceback is a bu
 
 
 class KarakoramError(Exception):
-    """Base of all errors that a user can cause: `what` names the thing and the value, `fix` says what to do about it."""
+    """Base of all errors that a user can cause: `what` names the thing and the value, `fix` says what to do."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(f"{what} {fix}".strip() if fix else what)
