@@ -11,6 +11,7 @@ from subprocess import SubprocessError
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as shape_settings
 
 from karakoram.model.attention import LatentAttention
 from karakoram.model.layers import RMSNorm
@@ -27,6 +28,9 @@ def fuse(model: Transformer) -> SliceLoss:
     """
     if not _compiler_works():
         return loss_and_gradient
+    # Else sizes that happen to be equal in the first batch (16 rows and 16 rotations, 256 tokens and 256 channels) are
+    # taken for one and the same, and the next batch compiles everything anew: 20 s, seen with [16, 256].
+    shape_settings.use_duck_shape = False
     for module in model.modules():
         if isinstance(module, RMSNorm | Router):
             module.compile(dynamic=True)
