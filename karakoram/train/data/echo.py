@@ -3,7 +3,9 @@
 Everything that nano does (a tool's name into the call, a value into an argument, a result into the answer) rests on
 finding what followed the same tokens earlier. Attention heads that do so ("induction heads", Olsson et al., arXiv
 2209.11895) form late in dialogs, where most tokens can be guessed from phrasing; on repeated random tokens nothing else
-helps, and they form within a few hundred small steps. The first telling weighs nothing: it cannot be predicted.
+helps. The first telling weighs nothing: it cannot be predicted.
+
+Not proven: dialogs that followed it did not begin to copy earlier than dialogs without it (docs/log.md).
 """
 
 from typing import Protocol
