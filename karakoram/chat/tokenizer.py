@@ -3,7 +3,7 @@
 A tokenizer is a directory with `tiktoken.model` (lines of `base64(token bytes) SPACE rank`; ranks are the ids of
 ordinary tokens) and `tokenizer_config.json`, whose `added_tokens_decoder` names the special tokens. The special ids
 follow the ranks without a gap up to the highest named id; ids between that nobody named are
-`<|reserved_token_{id}|>`. K2 has 163,584 ranks and 256 specials; nano has 4,992 and 128, with the same names at other
+`<|reserved_token_{id}|>`. K2 has 163,584 ranks and 256 specials; nano has 3,968 and 128, with the same names at other
 ids: no id is written in this package.
 
 Encoding is byte-level BPE by rank inside the pieces of a pre-tokenizer pattern. Two details of the official class

@@ -138,7 +138,7 @@ _NANO: Final[dict[str, Any]] = {
     **_COMMON,
     "model_type": "kimi_k2",
     "tie_word_embeddings": True,  # copying a token must not be learned anew for each: docs/decisions/nano-shape.md
-    "vocab_size": 5120,  # 4992 byte-pair ranks + 128 special tokens
+    "vocab_size": 4096,  # 3968 byte-pair ranks + 128 special tokens
     "hidden_size": 256,
     "intermediate_size": 512,
     "moe_intermediate_size": 64,
@@ -158,9 +158,9 @@ _NANO: Final[dict[str, Any]] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "max_position_embeddings": 2048,
-    "bos_token_id": 4992,
-    "eos_token_id": [4993, 4994],
-    "pad_token_id": 5119,
+    "bos_token_id": 3968,
+    "eos_token_id": [3969, 3970],
+    "pad_token_id": 4095,
     "quantization_config": int4_quantization_config(),
 }
 

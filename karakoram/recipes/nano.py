@@ -26,7 +26,6 @@ from karakoram.config import ModelConfig
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batches
 from karakoram.train.data.bpe import train_tokenizer
-from karakoram.train.data.echo import WithEcho
 from karakoram.train.data.pack import Mix, build_token_cache
 from karakoram.train.machine import faster_dtype, keep_freed_memory
 from karakoram.train.run_dir import open_run, recorded_settings, settings_of
@@ -99,8 +98,7 @@ def run_configuration(
             console.print("Learning the tokenizer from generated dialogs (about a minute) …")
             train_tokenizer(tokenizer_dir, tokenizer_documents, config.seed)
         cache = _tokens(config, out_dir / "tokens", tokenizer_dir, data_dir, threads, quiet)
-        dialogs = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)
-        batches = WithEcho(dialogs, config.tokens_per_step, config.seed)
+        batches = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)
         files = model_files(tokenizer_dir, data_dir is not None)
         trainer = Trainer(config, batches, out_dir, files, dtype, compiled)
         if resume:
@@ -119,8 +117,8 @@ def model_files(tokenizer_dir: Path, with_data: bool) -> dict[str, bytes]:
     generation = {
         "do_sample": False,
         "temperature": 0.0,
-        "bos_token_id": 4992,
-        "eos_token_id": [4993, 4994],
+        "bos_token_id": 3968,
+        "eos_token_id": [3969, 3970],
         "karakoram": {"trained_on": "generated dialogs, GSM8K, text" if with_data else "generated dialogs"},
     }
     files = {name: (tokenizer_dir / name).read_bytes() for name in ("tiktoken.model", "tokenizer_config.json")}

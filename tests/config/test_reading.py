@@ -62,7 +62,7 @@ def test_presets_have_the_published_values() -> None:
 
 def test_nano_fits_its_formats() -> None:
     nano = ModelConfig.preset("nano")
-    assert nano.eos_token_ids == (4993, 4994) and nano.vocab_size == 5120
+    assert nano.eos_token_ids == (3969, 3970) and nano.vocab_size == 4096
     for width in (nano.hidden_size, nano.moe_intermediate_size, nano.intermediate_size):
         assert width % 32 == 0, "an int4 group has 32 weights"
 
@@ -237,7 +237,7 @@ def test_wrapped_configs_take_ids_and_formats_from_either_level() -> None:
     raw = {"model_type": "kimi_k25", "text_config": inner, "eos_token_id": 7, "bos_token_id": 1}
     raw["quantization_config"] = SMALL["quantization_config"]
     config = ModelConfig.from_dict(raw)
-    assert (config.eos_token_id, config.bos_token_id, config.weight_format) == (7, 4992, "int4")
+    assert (config.eos_token_id, config.bos_token_id, config.weight_format) == (7, 3968, "int4")
     raw["text_config"] = {**inner, "quantization_config": RAW["k2"]["quantization_config"]}
     refusal(raw, "fp8", "int4")
 

@@ -71,6 +71,14 @@ def test_a_row_is_a_document_and_its_targets_are_one_ahead(cache: Path) -> None:
             assert (batch.targets[row, inputs:] == PAD).all()
 
 
+def test_the_first_pool_goes_from_short_to_long(cache: Path) -> None:
+    batches = _batches(cache)  # all documents fit into one pool
+    widths = [batches[number].token_ids.shape[1] for number in range(60)]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    later = [batches[number].token_ids.shape[1] for number in range(200, 260)]  # the second epoch
+    assert later != sorted(later)
+
+
 def test_batches_are_full_and_hardly_padded(cache: Path) -> None:
     batches, real, padded, seen, number = _batches(cache), 0, 0, 0, 0
     sizes = []

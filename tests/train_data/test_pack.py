@@ -121,3 +121,11 @@ def test_mix_of_sources(tmp_path: Path, tokenizer_dir: Path, fmt: ChatFormat) ->
     plain = fmt.tokenizer.special_ids["[EOS]"]
     assert (np.asarray(ids) == plain).sum() > 100
     assert 0.3 < (np.asarray(weights) == 10).mean() < 0.9
+
+
+def test_a_worker_that_dies_is_an_error_and_no_endless_restart(tokenizer_dir: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "tokenizer"
+    damaged.mkdir()
+    (damaged / "tiktoken.model").write_bytes((tokenizer_dir / "tiktoken.model").read_bytes())
+    with pytest.raises(TrainingError, match="ended before"):
+        build_token_cache(tmp_path / "cache", damaged, 10_000, processes=2)

@@ -1,16 +1,15 @@
 """Byte-pair encoding for a small vocabulary whose words must be easy to copy.
 
-A model of three million parameters calls a tool by copying its name from the declaration (` NAME`, after a space) into
-the call (`.NAME`, after a dot). If the space were part of the token, as usual, the two spellings would share no token
-and every name would have to be learned. So merges happen in this order (the order is the rank, and rank decides at
-encoding time):
+A model of seven million parameters calls a tool by copying its name from the declaration (` NAME`, after a space) into
+the call (`.NAME`, after a dot). Copying is learned token by token, so what is copied (names, values) must be made of
+few tokens that occur often, and of the same ones in both places; what is only said or read may be whole words. Hence:
 
-1. letters, inside words of all kinds, into tokens of at most 4 letters: names, known or not, become short common
-   tokens;
-2. longer letter merges, for the words of prose only (words that many documents repeat);
-3. more merges of the first kind, as many as the vocabulary has room for;
-4. punctuation such as `":` and `{"`, but not arithmetic, and never with a letter;
-5. a space before a whole word of prose, the most frequent ones; never before a word that may be a name.
+1. pairs of small letters, learned on everything but the words of prose: about three hundred tokens, of which every name
+   is made, known or not;
+2. punctuation such as `":` and `{"`, but not arithmetic, and never with a letter;
+3. whole pieces of prose (a word with the space before it, or without one), the most frequent ones. No two tokens merge
+   to one of them (but for ` a`): tiktoken looks a whole piece up before it merges (`ignore_merges` elsewhere), so
+   `weather` is one token in a sentence, while a name that contains it is made of pairs like every other name.
 
 Digits never merge. The file is an ordinary `tiktoken.model`: the first 256 ranks are the single bytes in GPT-2's order.
 Layout and special tokens follow K2's tokenizer; training is plain pair counting with incremental updates over unique
@@ -21,7 +20,7 @@ import base64
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from karakoram.tools.units import TEMPERATURES, UNITS
 from karakoram.train.data import dialogs
 from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, PROSE, VERBS
 
-N_RANKS = 4992
+N_RANKS = 3968
 N_SPECIALS = 128
 DIALECT = "kimi-k2.5"
 SPECIALS: dict[int, str] = {  # offset from the first special id, as in K2
@@ -46,19 +45,18 @@ SPECIALS: dict[int, str] = {  # offset from the first special id, as in K2
 }  # fmt: skip
 _NOT_STRIPPED = range(11, 16), range(22, 24)  # tool and think markers are `special: false` in K2
 
-SHORT_LETTERS = 4
-FIRST_SHORT_MERGES = 1800
-MAX_PROSE_MERGES = 1100
+LETTER_PAIRS = 300
 MAX_PUNCTUATION_MERGES = 64
-MAX_SPACED_WORDS = 900
-MIN_PAIR_COUNT = 20  # a token seen less often in a 5 MB sample would be badly trained, and then badly copied
-PROSE_SHARE = 1 / 20_000  # of all words: a word this frequent is prose, not a name made of syllables
+MIN_COUNT = 20  # in 9,000 documents: a rarer token would be badly trained, a more frequent piece is prose and no name
 MAX_TEXT_BYTES = 64_000_000
 _ARITHMETIC = frozenset("+-*/()^ ")  # pieces of these alone stay apart, except the `//` before a description
 _COMMENTS = ("//", " //")
+_SMALL_LETTERS = regex.compile(r"[a-z]+")
 # Tokens for the rest of the vocabulary, which dialogs do not use: one per letter of other alphabets, and runs of signs.
 _LETTERS = [
-    chr(code) for code in (*range(0xC0, 0x250), *range(0x391, 0x3CA), *range(0x410, 0x450), 0x401, 0x451)
+    chr(code)
+    for code in (*range(0xC0, 0x250), *range(0x391, 0x3CA), *range(0x410, 0x450), 0x401, 0x451)
+    + (*range(0x5D0, 0x5EB), *range(0x621, 0x64B), *range(0x3041, 0x3097), *range(0x30A1, 0x30FB))
 ] + list("°€£×÷–—’‘“”…·•©®²³½")
 _RUNS = " \n\t=#_.~"
 MAX_RUN = 256  # as long as the longest tokens of K2
@@ -75,7 +73,7 @@ def byte_order() -> list[int]:
 class _Words:
     """Unique words as token lists with counts, and the counts of adjacent pairs, kept up to date under merges."""
 
-    def __init__(self, counts: Iterable[tuple[bytes, int]], merges: Iterable[Pair] = ()) -> None:
+    def __init__(self, counts: Iterable[tuple[bytes, int]]) -> None:
         self.tokens: list[list[bytes]] = []
         self.counts: list[int] = []
         self.pairs: Counter[Pair] = Counter()
@@ -88,8 +86,6 @@ class _Words:
             for pair in zip(tokens, tokens[1:], strict=False):
                 self.pairs[pair] += count
                 self.where[pair].add(index)
-        for pair in merges:
-            self.merge(pair)
 
     def merge(self, pair: Pair) -> None:
         """Replaces the pair by one token in all words that hold it."""
@@ -133,9 +129,9 @@ class _Words:
             self.merge(best)
 
 
-def _count(texts: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Runs of letters, the same where a space precedes them, and pieces of punctuation or white space."""
-    pattern, letters = regex.compile(PATTERN, regex.VERSION1), regex.compile(r"\p{L}[\p{L}\p{M}]*")
+def _count(texts: Iterable[str]) -> Counter[str]:
+    """The pieces within which tokens are made, with their counts."""
+    pattern = regex.compile(PATTERN, regex.VERSION1)
     pieces: Counter[str] = Counter()
     size = 0
     for text in texts:
@@ -143,67 +139,74 @@ def _count(texts: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[st
         if size > MAX_TEXT_BYTES:
             break
         pieces.update(pattern.findall(text))
-    words: Counter[str] = Counter()
-    spaced: Counter[str] = Counter()
-    signs: Counter[str] = Counter()
-    for piece, count in pieces.items():
-        runs = letters.findall(piece)
-        for run in runs:
-            words[run] += count
-        if runs and piece == " " + runs[0]:
-            spaced[runs[0]] += count
-        elif (
-            not runs
-            and 1 < len(piece) <= 8
-            and not any(c.isnumeric() for c in piece)
-            and (not _ARITHMETIC.issuperset(piece) or piece in _COMMENTS)
-        ):
-            signs[piece] += count
-    return words, spaced, signs
+    return pieces
+
+
+def _is_sign(piece: str) -> bool:
+    """Punctuation or white space whose characters may merge."""
+    if not 1 < len(piece) <= 8 or any(c.isalnum() for c in piece):
+        return False
+    return not _ARITHMETIC.issuperset(piece) or piece in _COMMENTS
 
 
 def learn_ranks(texts: Iterable[str], apart: Collection[str], n_ranks: int = N_RANKS) -> dict[bytes, int]:
-    """Token bytes -> rank. `apart` are words (lower case) that never take the space before them into their token.
+    """Token bytes -> rank. `apart` are words (lower case) that are copied and therefore never become one token.
 
     Raises TrainingError when the texts do not hold enough to fill the vocabulary.
     """
-    words, spaced, signs = _count(texts)
-    total = sum(words.values())
-    prose = {word: n for word, n in words.items() if n >= max(2, total * PROSE_SHARE)}
-    names = {word for word in prose if word.lower() in apart}
-    short = lambda pair: len(pair[0]) + len(pair[1]) <= SHORT_LETTERS  # noqa: E731
-    anything = lambda pair: True  # noqa: E731
-
-    everything = _Words((word.encode(), count) for word, count in words.items())
-    merges = list(everything.learn(FIRST_SHORT_MERGES, short, MIN_PAIR_COUNT))
-    longer = _Words(((word.encode(), count) for word, count in prose.items() if word not in names), merges)
-    extra = list(longer.learn(MAX_PROSE_MERGES, anything, 2))
-    for pair in extra:
-        everything.merge(pair)
-    whole = {
-        word
-        for word, tokens in zip((w for w in prose if w not in names), longer.tokens, strict=True)
-        if len(tokens) == 1
+    pieces = _count(texts)
+    word = regex.compile(r" ?\p{L}[\p{L}\p{M}']*", regex.VERSION1)
+    prose = {
+        piece: count
+        for piece, count in pieces.items()
+        if count >= MIN_COUNT and len(piece) > 1 and word.fullmatch(piece) and piece.lower().strip() not in apart
     }
-    whole |= {word for word in prose if len(word) == 1}
-    frequent = sorted((word for word in whole if word.lower() not in apart), key=lambda word: (-spaced[word], word))
-    frequent = [word for word in frequent if spaced[word] >= MIN_PAIR_COUNT][:MAX_SPACED_WORDS]
-    punctuation = list(
-        _Words((sign.encode(), count) for sign, count in signs.items()).learn(
-            MAX_PUNCTUATION_MERGES, anything, MIN_PAIR_COUNT
-        )
-    )
-    room = n_ranks - 256 - len(merges) - len(extra) - len(punctuation) - len(frequent)
-    more = list(everything.learn(room, short, MIN_PAIR_COUNT)) if room > 0 else []
+    copied = Counter[str]()
+    for piece, count in pieces.items():
+        if piece not in prose:
+            copied.update(dict.fromkeys(_SMALL_LETTERS.findall(piece), count))
+    free = _unclaimed(prose, copied)
+    pairs = list(_merges(copied, LETTER_PAIRS, lambda pair: pair[0] + pair[1] in free))
+    signs = {piece: count for piece, count in pieces.items() if _is_sign(piece)}
+    punctuation = list(_merges(signs, MAX_PUNCTUATION_MERGES, lambda pair: True))
     tokens = [bytes([byte]) for byte in byte_order()]
-    tokens += [left + right for left, right in merges + extra + more + punctuation]
-    tokens += [b" " + word.encode() for word in frequent]
-    tokens = list(dict.fromkeys(tokens + _fillers()))
+    tokens += [left + right for left, right in pairs + punctuation]
+    merged = set(tokens)
+    whole = [piece.encode() for piece in sorted(prose, key=lambda piece: (-prose[piece], piece))]
+    whole = [token for token in whole if token == b" a" or not _splits(token, merged)]
+    tokens = list(dict.fromkeys(tokens + whole + _fillers()))
     if len(tokens) < n_ranks:
         raise TrainingError(
             f"The texts give only {len(tokens)} of {n_ranks} tokens.", "Give more text to the tokenizer."
         )
     return {token: rank for rank, token in enumerate(tokens[:n_ranks])}
+
+
+def _unclaimed(prose: Mapping[str, int], copied: Mapping[str, int]) -> set[bytes]:
+    """The pairs of small letters that may become tokens: not those by which a more frequent piece of prose would be
+    reached in merging (` is` by `is`), since that piece could then not be a token."""
+    counts = Counter[bytes]()
+    for word, count in copied.items():
+        for i in range(len(word) - 1):
+            counts[word[i : i + 2].encode()] += count
+    free = set(counts)
+    tokens = free | {bytes([byte]) for byte in range(256)}
+    for piece, count in prose.items():
+        for split in _splits(piece.encode(), tokens):
+            rarest = min((part for part in split if len(part) == 2), key=counts.__getitem__, default=None)
+            if rarest is not None and counts[rarest] < count:
+                free.discard(rarest)
+    return free
+
+
+def _splits(token: bytes, tokens: Collection[bytes]) -> list[tuple[bytes, bytes]]:
+    """The ways in which two of `tokens` merge to `token`."""
+    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in cuts if left in tokens and right in tokens]
+
+
+def _merges(words: Mapping[str, int], wanted: int, allowed: Callable[[Pair], bool]) -> Iterator[Pair]:
+    return _Words((word.encode(), count) for word, count in words.items()).learn(wanted, allowed, MIN_COUNT)
 
 
 def _fillers() -> list[bytes]:

@@ -16,6 +16,8 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from karakoram.train.data.plain_text import read_texts
 
 READ_WEIGHT = 0.1
 WRITTEN_WEIGHT = 1.0
-MAX_SAMPLE_TOKENS = 512
+MAX_SAMPLE_TOKENS = 640
 CHUNK_DOCUMENTS = 256
 
 Sample = tuple[list[int], list[float]]
@@ -239,13 +241,19 @@ def _chunks(
         while True:
             yield make(chunk)
             chunk += 1
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a forked copy of a process that already runs torch threads can hang
-    with context.Pool(processes, _start, (str(tokenizer_dir),)) as pool:
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process that runs torch threads can hang
+    pool = ProcessPoolExecutor(processes, context, _start, (str(tokenizer_dir),))
+    try:
         while True:
-            yield from pool.imap(make, range(first, first + 4 * processes))
+            yield from pool.map(make, range(first, first + 4 * processes))
             first += 4 * processes
+    except BrokenProcessPool as error:  # the worker printed why
+        raise TrainingError(
+            "A process that writes tokens ended before its work was done.",
+            "See the lines above; the same command goes on from there, with --threads 1 in a single process.",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _finish(path: Path, recipe: dict, state: dict) -> None:
