@@ -47,7 +47,7 @@ def configuration(steps: int = STEPS, minutes: float | None = MINUTES, seed: int
         learning_rate=7e-3,
         adamw_learning_rate=4e-3,
         warmup_steps=50,
-        decay_from=0.5,
+        decay_from=0.3,
         int4_from=0.8,
         balance_rate=3e-3,  # three times Moonlight's: a few thousand steps must move a bias as far as its millions did
         seed=seed,
