@@ -4,8 +4,8 @@ A row is one document from its beginning, as at inference: nothing is packed beh
 Documents are shuffled, sorted by length within pools, and cut into batches of about the same number of tokens; then the
 pool's batches are shuffled, but for the very first pool's, which come from short to long. In that pool what is read
 weighs a little, to learn the language; later only what is written counts: else nine tenths of the gradient would end up
-with words that nobody can predict. Padding comes to a few percent. A batch is a pure function of the seed and its number, so a resumed run goes on with exactly the batch that
-would have come next.
+with words that nobody can predict. Padding comes to a few percent. A batch is a pure function of the seed and its
+number, so a resumed run goes on with exactly the batch that would have come next.
 """
 
 from collections.abc import Iterator
