@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROUND_TO = 128  # oneDNN prepares a kernel for every new number of rows
 ROWS = 1024  # 1,024 × 4,096 float32 logits are 17 MB: within the last-level cache; fewer rows starve the products
 
 
@@ -24,14 +23,6 @@ def head_loss(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tenso
     `slice_loss` is `loss_and_gradient` or a compiled twin of it.
     """
     return _HeadLoss.apply(x_ND, head_VD, targets_N, weights_N, slice_loss)  # pyright: ignore[reportReturnType]
-
-
-def weighted_rows(weights_N: Tensor) -> Tensor:
-    """Indices of the rows that have a weight, ascending; then a few that have none, up to a multiple of `ROUND_TO` (or
-    to all rows): the head need not look at a prompt that nothing is learned from."""
-    order_N = torch.argsort((weights_N == 0).byte(), stable=True)
-    wanted = int((weights_N != 0).sum())
-    return order_N[: -(-max(wanted, 1) // ROUND_TO) * ROUND_TO]
 
 
 SliceLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

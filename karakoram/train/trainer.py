@@ -24,7 +24,7 @@ from karakoram.train.balance import balance
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.fuse import fuse
-from karakoram.train.loss import head_loss, loss_and_gradient, weighted_rows
+from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.masters import Masters
 from karakoram.train.metrics import Metrics
 from karakoram.train.optim.adamw import AdamW
@@ -161,12 +161,10 @@ class Trainer:
     def backward(self, batch: Batch) -> float:
         """Mean weighted loss of a batch; gradients are left in the model."""
         self.model.zero_grad(set_to_none=True)
-        hidden_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
-        rows = weighted_rows(batch.weights.flatten())
+        x_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
         head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
         weights_N = batch.weights.flatten() / batch.weights.sum().clamp_min(1e-6)  # a batch may hold nothing to learn
-        targets_N = batch.targets.flatten()
-        loss = head_loss(hidden_ND[rows], head.weight, targets_N[rows], weights_N[rows], self.slice_loss)
+        loss = head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
         loss.backward()
         return loss.detach().item()
 

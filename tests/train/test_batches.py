@@ -65,7 +65,7 @@ def test_a_row_is_a_document_and_its_targets_are_one_ahead(cache: Path) -> None:
             inputs = stop - start - 1
             assert batch.token_ids[row, :inputs].tolist() == ids[start : stop - 1].tolist()
             assert batch.targets[row, :inputs].tolist() == ids[start + 1 : stop].tolist()
-            expected = torch.from_numpy(tenths[start + 1 : stop] / 10).float()  # all within the first pool
+            expected = torch.from_numpy(tenths[start + 1 : stop] / 10).float()
             assert torch.allclose(batch.weights[row, :inputs], expected)
             assert not batch.weights[row, inputs:].any(), "padding has no weight"
             assert (batch.targets[row, inputs:] == PAD).all()
@@ -77,14 +77,6 @@ def test_the_first_pool_goes_from_short_to_long(cache: Path) -> None:
     assert widths == sorted(widths) and widths[0] < widths[-1]
     later = [batches[number].token_ids.shape[1] for number in range(200, 260)]  # the second epoch
     assert later != sorted(later)
-
-
-def test_what_is_read_counts_in_the_first_pool_only(cache: Path) -> None:
-    batches = _batches(cache)
-    assert any(0 < weight < 1 for weight in batches[3].weights.flatten().tolist())
-    later = batches[220].weights
-    assert set(later.flatten().tolist()) == {0.0, 1.0}
-    assert set(batches[3].weights.flatten().tolist()) > {0.0, 1.0}, "going back gives the first pool's weights again"
 
 
 def test_batches_are_full_and_hardly_padded(cache: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from karakoram.train import fuse
-from karakoram.train.loss import ROUND_TO, ROWS, head_loss, loss_and_gradient, weighted_rows
+from karakoram.train.loss import ROWS, head_loss, loss_and_gradient
 
 HIDDEN, VOCABULARY = 16, 50
 
@@ -40,16 +40,6 @@ def test_rows_without_weight_have_no_gradient() -> None:
     assert x_ND.grad is not None
     assert not x_ND.grad[::3].any()
     assert x_ND.grad[1::3].any(-1).all()
-
-
-@pytest.mark.parametrize(("rows", "written"), [(1000, 130), (1000, 1000), (100, 3), (300, 0)])
-def test_rows_without_weight_are_left_out(rows: int, written: int) -> None:
-    weights_N = torch.zeros(rows)
-    weights_N[torch.randperm(rows)[:written]] = 0.5
-    chosen = weighted_rows(weights_N)
-    assert len(chosen) == min(rows, -(-max(written, 1) // ROUND_TO) * ROUND_TO)
-    assert len(chosen.unique()) == len(chosen), "a row is taken once"
-    assert chosen[:written].tolist() == weights_N.nonzero()[:, 0].tolist()
 
 
 def test_bfloat16_differs_by_its_rounding_only() -> None:

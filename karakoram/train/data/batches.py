@@ -2,10 +2,9 @@
 
 A row is one document from its beginning, as at inference: nothing is packed behind anything else, so no mask is needed.
 Documents are shuffled, sorted by length within pools, and cut into batches of about the same number of tokens; then the
-pool's batches are shuffled, but for the very first pool's, which come from short to long. In that pool what is read
-weighs a little, to learn the language; later only what is written counts: else nine tenths of the gradient would end up
-with words that nobody can predict. Padding comes to a few percent. A batch is a pure function of the seed and its
-number, so a resumed run goes on with exactly the batch that would have come next.
+pool's batches are shuffled, but for the very first pool's, which come from short to long. Padding comes to a few
+percent. A batch is a pure function of the seed and its number, so a resumed run goes on with exactly the batch that
+would have come next.
 """
 
 from collections.abc import Iterator
@@ -43,7 +42,6 @@ class Batches:
         if len(self.offsets) < 2:
             raise TrainingError(f"The token cache {cache} holds no document.", "Remove it and build it again.")
         self.tokens_per_batch, self.pad_id, self.seed = tokens_per_batch, pad_id, seed
-        self._in_first_pool = 0
         self._epoch, self._rows = 0, self._epoch_rows(0)
         self._before = 0  # batches of the epochs before `_epoch`
 
@@ -61,10 +59,7 @@ class Batches:
             self._before += len(self._rows)
             self._epoch += 1
             self._rows = self._epoch_rows(self._epoch)
-        batch = self._batch(self._rows[number - self._before])
-        if number >= self._in_first_pool:
-            batch.weights[batch.weights < 1] = 0
-        return batch
+        return self._batch(self._rows[number - self._before])
 
     def _epoch_rows(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng((self.seed, epoch))
@@ -75,11 +70,8 @@ class Batches:
             pool = order[start : start + POOL]
             cut = list(self._cut(pool[np.argsort(lengths[pool], kind="stable")], lengths))
             # copying is learned sooner where there is little to search: docs/log.md
-            if epoch == 0 and start == 0:
-                batches += cut
-                self._in_first_pool = len(cut)
-            else:
-                batches += [cut[i] for i in generator.permutation(len(cut))]
+            first = epoch == 0 and start == 0
+            batches += cut if first else [cut[i] for i in generator.permutation(len(cut))]
         return batches
 
     def _cut(self, rows: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,9 +1,7 @@
 """From a task to a conversation: tools get names and company, calls get ids, thoughts and results are written down.
 
-Every assistant message thinks in one short pattern: what is needed, the description of the tool that fits (if there is a
-choice) and its name, and `description: argument = value` for each argument in the order of the declaration. So each
-decision is made among words that mean something, and a name is whatever follows them in the declaration. The JSON that
-follows repeats this order, so that writing a call is copying.
+Every assistant message thinks in one short pattern: what is needed, which tool fits, and `argument = value` for each
+argument in the order of the declaration. The JSON that follows repeats this order, so that writing a call is copying.
 """
 
 import json
@@ -61,7 +59,6 @@ class _Talk:
 
     bound: dict[str, Bound]
     thinking: bool
-    declared: int
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
 
@@ -72,7 +69,7 @@ def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenari
     system = tasks[0].system
     if system is None and rng.random() < 0.15:
         system = _SYSTEM.pick(rng, split)
-    talk = _Talk(bound, thinking=rng.random() >= 0.15, declared=len(order))
+    talk = _Talk(bound, thinking=rng.random() >= 0.15)
     if system is not None:
         talk.messages.append({"role": "system", "content": system})
     for task in tasks:
@@ -167,7 +164,7 @@ def _call(talk: _Talk, step: list[Use], results: list[str] | None) -> str:
         text = json.dumps(arguments, ensure_ascii=False)
         function = {"name": bound.tool.name, "arguments": text}
         calls.append({"id": call_id, "type": "function", "function": function})
-        thoughts.append(_thought(use, bound, arguments, talk.declared > 1))
+        thoughts.append(_thought(use, bound, arguments))
         try:
             plain = use.capability.compute(use.values)
             answer = bound.wrap(plain) if results is None else results[index]
@@ -181,15 +178,11 @@ def _call(talk: _Talk, step: list[Use], results: list[str] | None) -> str:
     return plain if len(step) == 1 and results is None else " and ".join(answer for _, answer in answers)
 
 
-def _thought(use: Use, bound: Bound, arguments: dict[str, Any], choice: bool) -> str:
-    properties = bound.tool.parameters["properties"]
-    values: list[str] = []
-    for name, value in arguments.items():
-        about = properties[name].get("description", "") if len(arguments) > 1 else ""
-        written = value if isinstance(value, str) else json.dumps(value)
-        values.append(f"{about}: {name} = {written}" if about else f"{name} = {written}")
-    tool = f"{bound.tool.description} " if choice else ""
-    return f"{use.thought} {tool}Use {bound.tool.name}: {', '.join(values)}."
+def _thought(use: Use, bound: Bound, arguments: dict[str, Any]) -> str:
+    values = ", ".join(
+        f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in arguments.items()
+    )
+    return f"{use.thought} Use {bound.tool.name}: {values}."
 
 
 def _fails_first(tool: Tool, failure: str) -> Tool:
