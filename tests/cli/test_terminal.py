@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import stat
 import sys
 import time
@@ -20,6 +21,7 @@ class Terminal:
         self.seen = ""
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would we
             os.environ.update(environment, TERM="xterm", PYTHONUNBUFFERED="1")
             os.execv(sys.executable, [sys.executable, SCRIPTED, *arguments])
 

@@ -19,7 +19,7 @@ from karakoram.train.data.bpe import (
     learn_ranks,
     words_apart,
 )
-from karakoram.train.data.names import NOUNS, PROSE, SPLITS, split_of, tool_name, words_of
+from karakoram.train.data.names import NOUNS, PROSE, SPLITS, split_of, tool_name
 
 
 def test_layout_follows_k2(tokenizer_dir: Path, fmt: ChatFormat) -> None:
@@ -81,7 +81,8 @@ def test_names_are_made_of_single_letters_and_pairs(fmt: ChatFormat) -> None:
         for _ in range(300):
             name = tool_name(rng, split, set())
             longer = [tok.token_bytes(i) for i in tok.encode("." + name) if len(tok.token_bytes(i)) > 2]
-            assert not longer or words_of(name)[0].lower() in PROSE, (name, longer)
+            # words of prose occur in the names of training, and are looked up whole there, too
+            assert all(token.decode().strip("_-").lower() in PROSE for token in longer), (name, longer)
 
 
 @given(st.text(max_size=200))
@@ -91,7 +92,9 @@ def test_round_trip(fmt: ChatFormat, text: str) -> None:
 
 def test_generated_text_is_short_in_tokens(fmt: ChatFormat) -> None:
     texts = list(generated_texts(100, seed=99))
-    assert sum(map(len, texts)) / sum(len(fmt.tokenizer.encode(text)) for text in texts) > 2.6
+    assert (
+        sum(map(len, texts)) / sum(len(fmt.tokenizer.encode(text)) for text in texts) > 2.1
+    )  # names are spelled in pairs
 
 
 def test_training_is_deterministic() -> None:
@@ -103,7 +106,7 @@ def test_no_name_can_contain_a_whole_word_of_prose(fmt: ChatFormat) -> None:
     """Words longer than a pair are looked up whole; if two tokens merged to one, it would appear inside names."""
     tok: Tokenizer = fmt.tokenizer
     known = {tok.token_bytes(rank) for rank in range(N_RANKS)}
-    merging = {token for token in known if len(token) <= 2}
+    merging = {token for token in known if len(token) <= 2} - {b" a"}  # the one exception
     words = [token for token in known if len(token) > 2 and token.strip().isalpha() and token.isascii()]
     assert len(words) > 400
     for token in words:

@@ -42,7 +42,7 @@ def test_written_tokens_follow_exactly_the_prompts_of_inference(fmt: ChatFormat)
 def test_most_samples_are_short(fmt: ChatFormat) -> None:
     stream = samples(fmt, seed=3)
     lengths = sorted(len(next(stream)[0]) for _ in range(600))
-    assert lengths[len(lengths) * 6 // 10] <= 320
+    assert lengths[len(lengths) * 6 // 10] <= 380  # names are spelled in pairs
     assert lengths[int(len(lengths) * 0.98)] <= pack.MAX_SAMPLE_TOKENS
 
 

@@ -213,7 +213,9 @@ def _fillers() -> list[bytes]:
     """Tokens in an order in which each is a merge of two earlier ones."""
     letters = [letter.encode() for letter in _LETTERS]
     tokens = [letter[:2] for letter in letters if len(letter) == 3] + letters
-    return tokens + [sign.encode() * length for length in range(2, MAX_RUN + 1) for sign in _RUNS]
+    tokens += [sign.encode() * length for length in range(2, MAX_RUN + 1) for sign in _RUNS]
+    han = [chr(code).encode() for code in range(0x4E00, 0x4F00)]  # where a short text leaves even more room
+    return tokens + [letter[:2] for letter in han] + han
 
 
 def write_tokenizer(out_dir: Path, ranks: dict[bytes, int], max_tokens: int = 2048) -> None:
