@@ -31,7 +31,7 @@ from karakoram.train.machine import faster_dtype, keep_freed_memory
 from karakoram.train.run_dir import open_run, recorded_settings, settings_of
 from karakoram.train.trainer import Trainer
 
-STEPS = 7500
+STEPS = 11_000
 MINUTES = 80.0  # of training; tokenizer, tokens and compiling take the other ten
 TOKENIZER_DOCUMENTS = 9_000
 WITH_DATA = {"dialogs": 0.8, "gsm8k": 0.12, "text": 0.08}
@@ -49,6 +49,7 @@ def configuration(steps: int = STEPS, minutes: float | None = MINUTES, seed: int
         warmup_steps=50,
         decay_from=0.3,
         int4_from=0.8,
+        read_floor=0.2,
         balance_rate=3e-3,  # three times Moonlight's: a few thousand steps must move a bias as far as its millions did
         seed=seed,
     )

@@ -11,6 +11,7 @@ class TrainConfig:
 
     steps, minutes  the run ends at whichever comes first; the schedule follows the one that is further on
     int4_from       share of the run from which routed experts are trained on the int4 grid; 1 or more: never
+    read_floor      weights below 1 (what a model only reads) fall with the learning rate, to this share of theirs
     """
 
     model: ModelConfig
@@ -26,5 +27,6 @@ class TrainConfig:
     qk_clip_threshold: float = 100.0
     balance_rate: float = 1e-3
     int4_from: float = 0.8
+    read_floor: float = 1.0
     seed: int = 0
     checkpoint_minutes: float = 10.0

@@ -134,7 +134,9 @@ class Trainer:
         began, c = time.monotonic(), self.config
         self.masters.int4_experts = c.int4_from <= self.progress
         self.watch.reset()
-        loss = self.backward(batch)
+        share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
+        read_share = max(c.read_floor, rate_share(self.step, 0, self.progress, c.decay_from))
+        loss = self.backward(batch, read_share)
         gradients = self.masters.gradients()
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         if not (norm < float("inf")):
@@ -142,7 +144,6 @@ class Trainer:
                 f"The gradient became {norm} at step {self.step}.",
                 f"Begin again with a lower learning rate or another seed; checkpoints in {self.out} are from before.",
             )
-        share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
         scale = min(1.0, c.clip_norm / (norm + 1e-6))
         self.muon.step(gradients, c.learning_rate * share, scale)
         self.adamw.step(gradients, c.adamw_learning_rate * share, scale)
@@ -158,12 +159,18 @@ class Trainer:
             "elapsed_s": self.elapsed_s + seconds,
         }  # fmt: skip
 
-    def backward(self, batch: Batch) -> float:
-        """Mean weighted loss of a batch; gradients are left in the model."""
+    def backward(self, batch: Batch, read_share: float = 1.0) -> float:
+        """Mean weighted loss of a batch; gradients are left in the model.
+
+        read_share  multiplies the weights below 1: what the model reads and need not write
+        """
         self.model.zero_grad(set_to_none=True)
         x_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
         head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
-        weights_N = batch.weights.flatten() / batch.weights.sum().clamp_min(1e-6)  # a batch may hold nothing to learn
+        weights_N = batch.weights.flatten()
+        if read_share < 1:
+            weights_N = torch.where(weights_N < 1, weights_N * read_share, weights_N)
+        weights_N = weights_N / weights_N.sum().clamp_min(1e-6)  # a batch may hold nothing to learn
         loss = head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
         loss.backward()
         return loss.detach().item()

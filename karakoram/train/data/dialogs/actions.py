@@ -41,7 +41,7 @@ class _Action:
         self.key, self.thought, self.answer, self.expected, self.result = key, thought, answer, expected, result
         self.about = Phrases(f"actions.{key}.about", *about)
         self.roles = tuple(
-            Role(role, kind, Phrases(f"actions.{key}.{role}", train, evaluation))
+            Role(role, kind, Phrases(f"actions.{key}.{role}", train, evaluation), said=_SAID[role])
             for role, kind, train, evaluation in roles
         )
         self.ask = Phrases(f"actions.{key}.ask", *asks)
@@ -64,6 +64,9 @@ class _Action:
         return Task("actions", self.ask.pick(rng, split, **slots), [[use]], answer, (expected,), verbatim=verbatim)
 
 
+_SAID = {
+    "p": "person", "c": "from", "d": "to", "x": "what", "n": "count", "t": "time", "m": "text", "l": "language", "on": "on",
+}  # fmt: skip
 _LANGUAGES = ("French", "German", "Spanish", "Italian", "Dutch", "Polish", "Chinese", "Japanese", "Greek", "Latin")
 _TEXTS = (
     "the {a} is ready",
@@ -88,8 +91,8 @@ def _text(rng: Random, split: Split) -> str:
 ACTIONS = (
     _Action(
         "weather",
-        ("Get the weather of a city.\nReturns the weather of a place.\nTells the weather in a city.\nWeather report.", "Returns the weather for a city.\nThe weather of a place."),
-        (("c", "string", "The city\nName of the city\nWhere\nCity", "City name\nThe place"),),
+        ("Get the weather of a city.\nReturns the weather of a place.\nTells the weather in a city.\nWeather report.\n[Find|Show|Shows|Gives] [the weather|how warm it is|sun or rain] [in|for] [a|some|any] [city|place|town].", "Returns the weather for a city.\nThe weather of a place."),
+        (("c", "string", "The city\nName of the city\nWhere\nCity\n[Which|What] [town|place|city]\n[Town|Place|City] [to check|to look up]", "City name\nThe place"),),
         (
             "What is the weather in {c}?\nHow is the weather in {c}?\nWeather in {c}?\nTell me the weather in {c}.\nI am going to {c}. How is the weather there?\nIs it warm in {c}?\nWill it rain in {c}?",
             "Please tell me about the weather in {c}.\nHow warm is it in {c}?",
@@ -98,8 +101,8 @@ ACTIONS = (
     ),
     _Action(
         "message",
-        ("Send a message to a person.\nSends a text to someone.\nWrite to a person.\nText a person.", "Sends someone a message.\nSend a text message."),
-        (("p", "string", "Who gets it\nThe person\nName of the person\nTo", "Who it is for\nPerson who gets it"), ("m", "string", "The text\nText of the message\nWhat to say\nMessage", "What the message says\nThe message text")),
+        ("Send a message to a person.\nSends a text to someone.\nWrite to a person.\nText a person.\n[Gives|Brings|Passes] [a message|a text|words] to [a person|someone|somebody].", "Sends someone a message.\nSend a text message."),
+        (("p", "string", "Who gets it\nThe person\nName of the person\nTo\n[Who|Person] [to write to|to tell|to send it to]\n[Sent|Goes] to", "Who it is for\nPerson who gets it"), ("m", "string", "The text\nText of the message\nWhat to say\nMessage\n[What|The words|Text] to [send|write|tell]\nWords of the message", "What the message says\nThe message text")),
         (
             "Send {p} the message: {m}\nTell {p}: {m}\nWrite to {p}: {m}\nText {p}: {m}\nSend a message to {p} that says {m}\nLet {p} know: {m}\nMessage {p}: {m}",
             "Please send {p} this message: {m}\nPlease write {p}: {m}",
@@ -108,8 +111,8 @@ ACTIONS = (
     ),
     _Action(
         "reminder",
-        ("Set a reminder.\nReminds the user at a time.\nMake a reminder for a time.\nCreate a reminder.", "Sets a reminder at a time.\nReminder for later."),
-        (("m", "string", "What to remember\nText of the reminder\nThe text\nNote", "What it is about\nThe note"), ("t", "string", "Time, HH:MM\nWhen\nThe time\nAt what time", "Time of day, HH:MM\nWhen it is due")),
+        ("Set a reminder.\nReminds the user at a time.\nMake a reminder for a time.\nCreate a reminder.\n[Remembers|Notes] [something|a thing] [for later|until a time].", "Sets a reminder at a time.\nReminder for later."),
+        (("m", "string", "What to remember\nText of the reminder\nThe text\nNote\n[What|The thing] to [think of|do|say then]\nWords of the note", "What it is about\nThe note"), ("t", "string", "Time, HH:MM\nWhen\nThe time\nAt what time\n[Hour and minute|Time as HH:MM|Clock time]\nWhen to [remind|ring|tell]", "Time of day, HH:MM\nWhen it is due")),
         (
             "Remind me at {t}: {m}\nAt {t} remind me: {m}\nSet a reminder for {t}: {m}\nReminder at {t}: {m}\nI must not forget at {t}: {m}",
             "Please remind me at {t}: {m}\nMake a note for {t}: {m}",
@@ -118,15 +121,15 @@ ACTIONS = (
     ),
     _Action(
         "song",
-        ("Play a song.\nPlays music.\nStart a song.\nMusic player.", "Plays a song by title.\nStart to play music."),
-        (("x", "string", "Title\nThe song\nName of the song\nWhat to play", "Title of the song\nSong to play"),),
+        ("Play a song.\nPlays music.\nStart a song.\nMusic player.\n[Play|Plays|Puts on] [some music|a title|a track].", "Plays a song by title.\nStart to play music."),
+        (("x", "string", "Title\nThe song\nName of the song\nWhat to play\n[Which|What] [song|music|title]\nMusic to [play|hear]", "Title of the song\nSong to play"),),
         ("Play {x}.\nPlay the song {x}.\nI want to hear {x}.\nPut on {x}.\nStart the song {x}.\nplay {x}", "Please play the song {x}.\nI would like to hear {x}."),
         "Play the song.", "Playing {x}.", "{x}", _done("playing", "ok", "started"),
     ),
     _Action(
         "flight",
-        ("Book a flight.\nBooks a flight between two cities.\nReserve a flight.\nFlight booking.", "Books a plane ticket.\nReserve a flight from city to city."),
-        (("c", "string", "City to start from\nFrom\nWhere it starts\nFirst city", "Start city\nFrom which city"), ("d", "string", "City to fly to\nTo\nWhere it goes\nLast city", "Goal city\nTo which city")),
+        ("Book a flight.\nBooks a flight between two cities.\nReserve a flight.\nFlight booking.\n[Gets|Buys|Finds] [a flight|a seat on a plane] [between places|from one city to another].", "Books a plane ticket.\nReserve a flight from city to city."),
+        (("c", "string", "City to start from\nFrom\nWhere it starts\nFirst city\n[City|Town|Place] [of the start|to leave|to fly from]\n[Leave|Leaves|Comes] from", "Start city\nFrom which city"), ("d", "string", "City to fly to\nTo\nWhere it goes\nLast city\n[City|Town|Place] [of the end|to reach|to arrive in]\n[Go|Goes|Arrives] [to|in]", "Goal city\nTo which city")),
         (
             "Book a flight from {c} to {d}.\nI want to fly from {c} to {d}.\nI need a flight to {d} from {c}.\nFind me a flight from {c} to {d}.\nGet me from {c} to {d} by plane.",
             "Please book me a flight from {c} to {d}.\nI have to fly to {d} from {c}.",
@@ -135,8 +138,8 @@ ACTIONS = (
     ),
     _Action(
         "translate",
-        ("Translate a text.\nTranslates into another language.\nTranslate words.\nTranslator.", "Translates a text into a language.\nTranslate to a language."),
-        (("x", "string", "The text\nText to translate\nWhat to translate\nWords", "Text that is translated\nWords to change"), ("l", "string", "Language\nTarget language\nThe language\nInto which language", "Language wanted\nTo this language")),
+        ("Translate a text.\nTranslates into another language.\nTranslate words.\nTranslator.\n[Puts|Brings|Says] [a text|words|a word] [in|into] another language.", "Translates a text into a language.\nTranslate to a language."),
+        (("x", "string", "The text\nText to translate\nWhat to translate\nWords\n[Text|Words|A word] [in the first language|to say|to put into it]", "Text that is translated\nWords to change"), ("l", "string", "Language\nTarget language\nThe language\nInto which language\n[Which|What] language\nLanguage [to use|of the result|to speak]", "Language wanted\nTo this language")),
         (
             "Translate {x} into {l}.\nHow do you say {x} in {l}?\nWhat is {x} in {l}?\nTranslate {x} to {l}\nI need {x} in {l}.\nSay {x} in {l}.",
             "Please translate {x} into {l}.\nTell me how to say {x} in {l}.",
@@ -145,8 +148,8 @@ ACTIONS = (
     ),
     _Action(
         "order",
-        ("Order a thing.\nOrders things from the shop.\nPlace an order.\nBuy things.", "Places an order for a thing.\nOrder from the shop."),
-        (("x", "string", "The thing\nWhat to order\nName of the thing\nItem", "Thing to order\nThe item"), ("n", "integer", "How many\nNumber of things\nQuantity\nCount", "How many of them\nThe quantity")),
+        ("Order a thing.\nOrders things from the shop.\nPlace an order.\nBuy things.\n[Buys|Orders|Gets] [something|goods|articles] [in a shop|in some number|for the user].", "Places an order for a thing.\nOrder from the shop."),
+        (("x", "string", "The thing\nWhat to order\nName of the thing\nItem\n[What|Which thing] to [buy|get]\n[Article|Goods] wanted", "Thing to order\nThe item"), ("n", "integer", "How many\nNumber of things\nQuantity\nCount\nHow many [to buy|to get|to order|pieces]\n[Number of|Count of] pieces", "How many of them\nThe quantity")),
         (
             "Order {n} of the {x}.\nOrder {n} pieces of {x}.\nI want to order {x}, {n} pieces.\nBuy {n} pieces of {x}.\nPlace an order for {n} pieces of {x}.",
             "Please order {n} pieces of {x}.\nI would like {n} pieces of {x}.",
@@ -155,8 +158,8 @@ ACTIONS = (
     ),
     _Action(
         "light",
-        ("Turn a light on or off.\nSwitches a lamp.\nSwitch the light of a room.\nLight switch.", "Turns the light in a room on or off.\nSwitch a light."),
-        (("x", "string", "Which light\nThe light\nName of the light\nWhere", "Name of the lamp\nLight to switch"), ("on", "boolean", "True for on\nOn or off\nWhether it is on\nTrue turns it on", "True to turn it on\nOn is true")),
+        ("Turn a light on or off.\nSwitches a lamp.\nSwitch the light of a room.\nLight switch.\n[Makes|Controls] [a lamp|a light] [bright or dark|go on or off].", "Turns the light in a room on or off.\nSwitch a light."),
+        (("x", "string", "Which light\nThe light\nName of the light\nWhere\n[Which|What] [lamp|room]\n[Light|Lamp] to [change|turn|use]", "Name of the lamp\nLight to switch"), ("on", "boolean", "True for on\nOn or off\nWhether it is on\nTrue turns it on\n[True|False] if it [goes|turns|should be] [on|off]\nTrue: on, false: off", "True to turn it on\nOn is true")),
         (
             "Turn {switch} the {x} light.\nTurn the {x} light {switch}.\nSwitch {switch} the {x} light.\nSwitch the {x} light {switch}.\nLight in the {x} {switch}\nPut {switch} the {x} light",
             "Please turn {switch} the {x} light.\nI want the {x} light {switch}.",
@@ -165,8 +168,8 @@ ACTIONS = (
     ),
     _Action(
         "timer",
-        ("Start a timer.\nSets a timer in minutes.\nTimer for some minutes.\nSet an alarm after some minutes.", "Starts a timer for minutes.\nAlarm after minutes."),
-        (("n", "integer", "Minutes\nHow many minutes\nNumber of minutes\nHow long, in minutes", "Time in minutes\nThe minutes"),),
+        ("Start a timer.\nSets a timer in minutes.\nTimer for some minutes.\nSet an alarm after some minutes.\n[Rings|Wakes] [after a time|in some minutes|when the minutes are over].", "Starts a timer for minutes.\nAlarm after minutes."),
+        (("n", "integer", "Minutes\nHow many minutes\nNumber of minutes\nHow long, in minutes\nMinutes to [wait|go|count]\n[Length|Wait] in minutes", "Time in minutes\nThe minutes"),),
         (
             "Set a timer for {n} minutes.\nStart a timer of {n} minutes.\nWake me in {n} minutes.\nTimer: {n} minutes\nSet an alarm for {n} minutes.\nTell me when {n} minutes are over.",
             "Please start a timer for {n} minutes.\nI need an alarm in {n} minutes.",
@@ -175,8 +178,8 @@ ACTIONS = (
     ),
     _Action(
         "search",
-        ("Search the web.\nLooks up words on the web.\nWeb search.\nFind pages about something.", "Searches the web for words.\nLook for pages."),
-        (("x", "string", "Search words\nWhat to search\nThe query\nWords", "What to look for\nWords to search"),),
+        ("Search the web.\nLooks up words on the web.\nWeb search.\nFind pages about something.\n[Search|Searches|Finds] [pages|sites] [on the web|with these words|about a subject].", "Searches the web for words.\nLook for pages."),
+        (("x", "string", "Search words\nWhat to search\nThe query\nWords\nWords [to find|to use]\n[What|Which words] to [find|search for]", "What to look for\nWords to search"),),
         (
             "Search the web for {x}.\nSearch for {x}.\nLook up {x} on the web.\nFind a page about {x}.\nWhat does the web say about {x}?\nGoogle {x}",
             "Please search for {x}.\nFind me a web page about {x}.",

@@ -30,7 +30,9 @@ CALCULATE = Capability(
         Calculator: evaluates an expression with numbers.
         Returns the result of a calculation.
         Solve arithmetic.
-        Compute a mathematical expression.""",
+        Compute a mathematical expression.
+        [Does|Do|Performs|For] [sums|arithmetic|math|calculations] [with numbers|like 3*4+5|with brackets].
+        [Work out|Works out|Give|Gives] [the value|the result] of [an expression|a formula|a sum].""",
         """Calculates the value of a math expression.
         Use this calculator to evaluate arithmetic.
         Return the value of an arithmetic calculation.
@@ -48,7 +50,9 @@ CALCULATE = Capability(
                 What to compute, e.g. 3*7
                 The calculation
                 Math expression with + - * /
-                Expression such as 12/4+1""",
+                Expression such as 12/4+1
+                [Formula|Sum|Arithmetic] [to work out|to solve|such as 5*6-2|with numbers]
+                What to [calculate|work out|evaluate]""",
                 """Expression to compute
                 The arithmetic expression, e.g. 8-3
                 Calculation to evaluate""",
@@ -78,7 +82,9 @@ OPERATE = Capability(
         """Add, subtract, multiply or divide two numbers.
         Arithmetic on two numbers.
         Combine two numbers with an operation.
-        Computes one operation on two numbers.""",
+        Computes one operation on two numbers.
+        [Add|Sum], subtract, multiply, divide: [two numbers|one number and another].
+        [Calculates|Works] with two numbers and [an operation|a sign].""",
         """Add, subtract, multiply or divide a pair of numbers.
         One arithmetic operation on two numbers.""",
     ),
@@ -87,7 +93,9 @@ OPERATE = Capability(
             "first",
             "number",
             Phrases(
-                "operate.first", "First number\nThe first number\nLeft number\nNumber on the left", "The left number"
+                "operate.first",
+                "First number\nThe first number\nLeft number\nNumber on the left\n[One|The one] on the left\nNumber before the sign\nNumber [one|1]\nLeft [side|operand]",
+                "The left number",
             ),
         ),
         Role(
@@ -95,7 +103,7 @@ OPERATE = Capability(
             "number",
             Phrases(
                 "operate.second",
-                "Second number\nThe second number\nRight number\nNumber on the right",
+                "Second number\nThe second number\nRight number\nNumber on the right\n[One|The one] on the right\nNumber after the sign\nNumber [two|2]\nRight [side|operand]",
                 "The right number",
             ),
         ),

@@ -12,7 +12,12 @@ from karakoram.train.data.names import Split
 
 _DATE = Phrases(
     "dates.date",
-    "Date, YYYY-MM-DD\nThe date (YYYY-MM-DD)\nISO date\nA date such as 2024-03-05\nDay as YYYY-MM-DD",
+    """Date, YYYY-MM-DD
+    The date (YYYY-MM-DD)
+    ISO date
+    A date such as 2024-03-05
+    Day as YYYY-MM-DD
+    [The|A|Which|Start] [date|day] [in the form YYYY-MM-DD|as YYYY-MM-DD|like 2024-03-05|to start from|to begin with]""",
     "The day, YYYY-MM-DD\nDate in ISO form",
 )
 DATE_ADD = Capability(
@@ -25,7 +30,9 @@ DATE_ADD = Capability(
         Move a date by a number of days.
         Computes a date that is N days later.
         Shift a date by days.
-        Date plus days.""",
+        Date plus days.
+        [Give|Gives|Tell|Tells|Find] the date [N days later|that comes N days later|after a number of days|some days away].
+        [Go|Move|Count] [N|some|a number of] days [forward|on|ahead] from a date.""",
         """Returns a date plus a number of days.
         Compute the date N days after a date.
         Add some days to a date.""",
@@ -37,7 +44,12 @@ DATE_ADD = Capability(
             "integer",
             Phrases(
                 "date_add.days",
-                "Days to add, negative to go back\nNumber of days\nHow many days to add\nDays to add\nDays (negative for earlier)",
+                """Days to add, negative to go back
+                Number of days
+                How many days to add
+                Days to add
+                Days (negative for earlier)
+                [How many days|Days|Number of days|Count of days] [to move|to shift by|later|to go forward|to count on|after it]""",
                 "The number of days to add\nDays, negative to go back",
             ),
         ),
@@ -53,31 +65,47 @@ DATE_DIFFERENCE = Capability(
         Returns how many days lie between two dates.
         Difference of two dates in days.
         How many days between two dates.
-        Days between dates.""",
+        Days between dates.
+        [Tell|Tells|Give|Gives] how many days [there are|pass|lie] [between two dates|from one date to another|from a start date to an end date].
+        [Time|Distance|Span] between dates in days.""",
         """Computes the number of days between two dates.
         Count days from one date to another.""",
     ),
     (
         Role(
-            "start",
+            "from",
             "string",
             Phrases(
                 "date_difference.start",
-                "First date, YYYY-MM-DD\nStart date (YYYY-MM-DD)\nFrom this date\nThe earlier date\nStart",
+                """First date, YYYY-MM-DD
+                Start date (YYYY-MM-DD)
+                From this date
+                The earlier date
+                Start
+                [First|Start|Early] [day|date]
+                [Count|Begins|Starts] [from|at] this [day|date]
+                [The day|The date|When] it [starts|begins]""",
                 "The first date, YYYY-MM-DD\nThe start date",
             ),
         ),
         Role(
-            "end",
+            "to",
             "string",
             Phrases(
                 "date_difference.end",
-                "Last date, YYYY-MM-DD\nEnd date (YYYY-MM-DD)\nTo this date\nThe later date\nEnd",
+                """Last date, YYYY-MM-DD
+                End date (YYYY-MM-DD)
+                To this date
+                The later date
+                End
+                [Last|End|Late] [day|date]
+                [Count|Stops|Ends] [to|at] this [day|date]
+                [The day|The date|When] it [ends|stops]""",
                 "The last date, YYYY-MM-DD\nThe end date",
             ),
         ),
     ),
-    lambda values: str(days_between(values["start"], values["end"])),
+    lambda values: str(days_between(values["from"], values["to"])),
 )
 WEEKDAY = Capability(
     "weekday",
@@ -88,7 +116,9 @@ WEEKDAY = Capability(
         Which weekday a date is.
         Day of the week for a date.
         Get the weekday.
-        Tells the day of the week.""",
+        Tells the day of the week.
+        [Find|Finds|Give|Gives|Show] [the weekday|the day of the week] [of|for] [a|some|any] day.
+        [Monday to Sunday|Mon, Tue, ...] for a date.""",
         """Returns the day of the week of a date.
         The weekday for a date.""",
     ),
@@ -98,7 +128,13 @@ WEEKDAY = Capability(
             "string",
             Phrases(
                 "weekday.date",
-                "The date\nDate, YYYY-MM-DD\nISO date\nDay as YYYY-MM-DD\nA date (YYYY-MM-DD)",
+                """The date
+                Date, YYYY-MM-DD
+                ISO date
+                Day as YYYY-MM-DD
+                A date (YYYY-MM-DD)
+                [Which|Some|Any] [date|day]
+                [A date|A day] [in the form YYYY-MM-DD|like 2024-03-05]""",
                 "Date as YYYY-MM-DD\nThe day",
             ),
         ),
@@ -223,9 +259,7 @@ def difference(rng: Random, split: Split) -> Task:
     second = first + timedelta(days=1 + int(rng.random() * (60 if rng.random() < 0.5 else 900)))
     question = _DIFFERENCE.pick(rng, split, d=written(rng, first), e=written(rng, second))
     result = str((second - first).days)
-    use = Use(
-        DATE_DIFFERENCE, {"start": first.isoformat(), "end": second.isoformat()}, f"Days from {first} to {second}."
-    )
+    use = Use(DATE_DIFFERENCE, {"from": first.isoformat(), "to": second.isoformat()}, f"Days from {first} to {second}.")
     answer = ("That is {r} days.", "There are {r} days.", "It is {r} days.")[int(rng.random() * 3)].format(r=result)
     return Task("dates", question, [[use]], answer, (result,))
 

@@ -18,12 +18,17 @@ from karakoram.train.data.names import Split, argument_name, tool_name, word
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One argument of a capability: `kind` is a JSON type, `numbers` or `strings` (arrays), or `enum` (with `options`)."""
+    """One argument of a capability.
+
+    kind  a JSON type, `numbers` or `strings` (arrays), or `enum` (with `options`)
+    said  what a thought calls it, whatever its name in the dialog: the key, if empty
+    """
 
     key: str
     kind: str
     about: Phrases
     options: tuple[str, ...] = ()
+    said: str = ""
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema of the argument, without a description."""

@@ -127,7 +127,7 @@ def _convert_result(rng: Random, split: Split) -> Task:
     first = Use(CALCULATE, {"expression": text}, f"First {text}.")
     second = Use(
         CONVERT,
-        {"value": json_number(value), "source": source, "target": target},
+        {"value": json_number(value), "from": source, "to": target},
         f"Now convert {value} from {source} to {target}.",
     )
     question = _THEN_CONVERT.pick(rng, split, e=text, s=source, t=target)
@@ -139,7 +139,7 @@ def _hours(rng: Random, split: Split) -> Task:
     days = 1 + int(rng.random() * 90)
     end = start + timedelta(days=days)
     first = Use(
-        DATE_DIFFERENCE, {"start": start.isoformat(), "end": end.isoformat()}, f"First the days from {start} to {end}."
+        DATE_DIFFERENCE, {"from": start.isoformat(), "to": end.isoformat()}, f"First the days from {start} to {end}."
     )
     second, result = _calculate(f"{days}*24")
     return Task(

@@ -1,7 +1,7 @@
 """From a task to a conversation: tools get names and company, calls get ids, thoughts and results are written down.
 
-Every assistant message thinks in one short pattern: what is needed, which tool fits, and `argument = value` for each
-argument in the order of the declaration. The JSON that follows repeats this order, so that writing a call is copying.
+Every assistant message thinks in one short pattern: what is needed, which tool fits, and `argument (part) = value` for
+each argument in the order of the declaration. The JSON that follows repeats this order, so that writing a call is copying.
 """
 
 import json
@@ -28,9 +28,9 @@ DEMO: dict[str, Bound] = {
     for capability, name, names in (
         (CALCULATE, "calculator", {"expression": "expression"}),
         (DATE_ADD, "date_add", {"date": "date", "days": "days"}),
-        (DATE_DIFFERENCE, "date_difference", {"start": "start", "end": "end"}),
+        (DATE_DIFFERENCE, "date_difference", {"from": "start", "to": "end"}),
         (WEEKDAY, "weekday", {"date": "date"}),
-        (CONVERT, "convert_units", {"value": "value", "source": "from_unit", "target": "to_unit"}),
+        (CONVERT, "convert_units", {"value": "value", "from": "from_unit", "to": "to_unit"}),
     )
 }
 _COMPANY = (CALCULATE, OPERATE, DATE_ADD, DATE_DIFFERENCE, WEEKDAY, CONVERT, SUM, LARGEST)
@@ -179,8 +179,15 @@ def _call(talk: _Talk, step: list[Use], results: list[str] | None) -> str:
 
 
 def _thought(use: Use, bound: Bound, arguments: dict[str, Any]) -> str:
+    """What is needed, the tool, and the arguments; where there are several, each with its part in the matter.
+
+    So a value is chosen in two short steps (description -> part, part -> value) instead of one long one.
+    """
+    roles = [role for key in bound.order for role in bound.capability.roles if role.key == key and key in use.values]
+    several = len(roles) > 1
     values = ", ".join(
-        f"{name} = {value if isinstance(value, str) else json.dumps(value)}" for name, value in arguments.items()
+        f"{name}{f' ({role.said or role.key})' if several else ''} = {value if isinstance(value, str) else json.dumps(value)}"
+        for role, (name, value) in zip(roles, arguments.items(), strict=True)
     )
     return f"{use.thought} Use {bound.tool.name}: {values}."
 

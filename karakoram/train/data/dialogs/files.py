@@ -10,17 +10,23 @@ from karakoram.train.data.dialogs.task import Task, Use
 from karakoram.train.data.names import Split, english, syllables
 
 _FOLDER = Phrases(
-    "files.folder", "The folder\nFolder to list\nPath of the folder\nDirectory", "Path of a folder\nThe directory"
+    "files.folder",
+    "The folder\nFolder to list\nPath of the folder\nDirectory\n[Which|What] folder\nFolder [to look into|to show|path]",
+    "Path of a folder\nThe directory",
 )
-_FILE = Phrases("files.file", "The file\nFile to read\nPath of the file\nFile name", "Path of a file\nName of the file")
+_FILE = Phrases(
+    "files.file",
+    "The file\nFile to read\nPath of the file\nFile name\n[Which|What] file\nFile [to open|to show|path]",
+    "Path of a file\nName of the file",
+)
 _LIST_ABOUT = Phrases(
     "files.list.about",
-    "List the files in a folder.\nReturns the names of files in a folder.\nShow what a folder contains.\nLists a directory.",
+    "List the files in a folder.\nReturns the names of files in a folder.\nShow what a folder contains.\nLists a directory.\n[Show|Shows|Find|Finds|Tell] [what is in a folder|all files in a directory|the files of a folder].",
     "Lists all files of a folder.\nNames of the files in a directory.",
 )
 _READ_ABOUT = Phrases(
     "files.read.about",
-    "Read a file.\nReturns the text of a file.\nShow the content of a file.\nReads a text file.",
+    "Read a file.\nReturns the text of a file.\nShow the content of a file.\nReads a text file.\n[Show|Shows|Open|Opens|Print] [the text in a file|what a file says|a file].",
     "Returns the content of a file.\nRead the text of a file.",
 )
 _ASK_LIST = Phrases(

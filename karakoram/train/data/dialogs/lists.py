@@ -15,12 +15,20 @@ from karakoram.train.data.names import Split, english, syllables
 _NUMBERS = Role(
     "numbers",
     "numbers",
-    Phrases("lists.numbers", "The numbers\nList of numbers\nNumbers\nThe list", "The list of numbers\nAll numbers"),
+    Phrases(
+        "lists.numbers",
+        "The numbers\nList of numbers\nNumbers\nThe list\n[Some|Several|These] numbers\nNumbers [to use|to take|in a list]",
+        "The list of numbers\nAll numbers",
+    ),
 )
 _WORDS = Role(
     "words",
     "strings",
-    Phrases("lists.words", "The words\nList of words\nWords\nThe list of words", "All words\nA list of words"),
+    Phrases(
+        "lists.words",
+        "The words\nList of words\nWords\nThe list of words\n[Some|Several|These] words\nWords [to use|to take|in a list]",
+        "All words\nA list of words",
+    ),
 )
 
 
@@ -46,45 +54,45 @@ def _capability(
 
 SUM = _capability(
     "sum",
-    "Add up a list of numbers.\nSum of a list.\nReturns the total of numbers.\nTotal of a list of numbers.",
+    "Add up a list of numbers.\nSum of a list.\nReturns the total of numbers.\nTotal of a list of numbers.\n[Sum|Sums|Adds|Add] [up|together] [many|several|some|the given] numbers.\n[Gives|Computes|Finds] the [sum|total] of [some|many|several] numbers.",
     "Returns the sum of a list of numbers.\nAdd all numbers of a list.",
     lambda v: format_number(sum(_fractions(v), Fraction(0))),
 )
 LARGEST = _capability(
     "largest",
-    "Find the largest number of a list.\nReturns the maximum of numbers.\nLargest of a list of numbers.\nThe biggest number in a list.",
+    "Find the largest number of a list.\nReturns the maximum of numbers.\nLargest of a list of numbers.\nThe biggest number in a list.\n[Gives|Finds|Picks] the [largest|biggest|highest|greatest] [of some numbers|of several numbers|value].",
     "Returns the largest number in a list.\nMaximum of a list.",
     lambda v: format_number(max(_fractions(v))),
 )
 SMALLEST = _capability(
     "smallest",
-    "Find the smallest number of a list.\nReturns the minimum of numbers.\nSmallest of a list of numbers.\nThe lowest number in a list.",
+    "Find the smallest number of a list.\nReturns the minimum of numbers.\nSmallest of a list of numbers.\nThe lowest number in a list.\n[Gives|Finds|Picks] the [smallest|lowest|least] [of some numbers|of several numbers|value].",
     "Returns the smallest number in a list.\nMinimum of a list.",
     lambda v: format_number(min(_fractions(v))),
 )
 AVERAGE = _capability(
     "average",
-    "Average of a list of numbers.\nReturns the mean of numbers.\nCompute the average of numbers.\nMean of a list.",
+    "Average of a list of numbers.\nReturns the mean of numbers.\nCompute the average of numbers.\nMean of a list.\n[Gives|Finds|Works out] the [average|mean] of [some|many|several] numbers.",
     "Returns the average of a list of numbers.\nThe mean of all numbers.",
     lambda v: format_number(sum(_fractions(v), Fraction(0)) / len(v["numbers"])),
 )
 SORT = _capability(
     "sort",
-    "Sort a list of numbers.\nSorts numbers from small to large.\nReturns the numbers in order.\nPut numbers in order.",
+    "Sort a list of numbers.\nSorts numbers from small to large.\nReturns the numbers in order.\nPut numbers in order.\n[Sorts|Orders|Arranges] [some|many|several] numbers[| from low to high].",
     "Returns the sorted list of numbers.\nSort numbers in order.",
     lambda v: ", ".join(format_number(n) for n in sorted(_fractions(v))),
     plain=False,
 )
 COUNT = _capability(
     "count",
-    "Count the words of a list.\nReturns how many words a list has.\nNumber of words in a list.",
+    "Count the words of a list.\nReturns how many words a list has.\nNumber of words in a list.\n[Gives|Finds|Tells] [how many words there are in a list|the number of words].",
     "Counts words in a list.\nHow many words there are.",
     lambda v: str(len(v["words"])),
     _WORDS,
 )
 ORDER = _capability(
     "order",
-    "Sort words by the alphabet.\nPut words in alphabetical order.\nReturns words from A to Z.",
+    "Sort words by the alphabet.\nPut words in alphabetical order.\nReturns words from A to Z.\n[Sorts|Orders|Arranges] [some|many|several] words[| by letter| from A to Z].",
     "Sorts a list of words from A to Z.\nAlphabetical order of words.",
     lambda v: ", ".join(sorted(v["words"])),
     _WORDS,

@@ -20,7 +20,9 @@ CONVERT = Capability(
         Converts between units of measure.
         Convert units such as km, kg or liters.
         Change a measure into another unit.
-        Converts a quantity to a different unit.""",
+        Converts a quantity to a different unit.
+        [Convert|Change|Changes|Turn|Turns|Express] [a value|a measure|an amount|a number] [from one unit into another|from unit to unit|into another unit|to another unit of measure|in other units].
+        [Measure|Measurement|Units] converter.""",
         """Converts a quantity from one unit to another.
         Convert between units.
         Unit converter for a value.""",
@@ -31,30 +33,53 @@ CONVERT = Capability(
             "number",
             Phrases(
                 "convert.value",
-                "The value\nValue to convert\nHow much\nQuantity\nThe number to convert\nAmount in the first unit",
+                """The value
+                Value to convert
+                How much
+                Quantity
+                The number to convert
+                Amount in the first unit
+                [The value|The amount|How much|A number|The quantity] [to change|that is converted|in the first unit|given|to be converted]""",
                 "Quantity to convert\nThe number",
             ),
         ),
         Role(
-            "source",
+            "from",
             "string",
             Phrases(
                 "convert.source",
-                "Unit of the value\nUnit to convert from\nFrom this unit\nThe unit it is in\nFirst unit\nSource unit",
+                """Unit of the value
+                Unit to convert from
+                From this unit
+                The unit it is in
+                First unit
+                Source unit
+                [Unit|The unit|Measure] [to start from|we have|that is given|before the change|it has now|of the amount|of the number]
+                [Convert|Change|Comes] from
+                From [which|what] unit""",
                 "The unit of the value\nConvert from this unit",
             ),
         ),
         Role(
-            "target",
+            "to",
             "string",
             Phrases(
                 "convert.target",
-                "Unit wanted\nUnit to convert to\nTo this unit\nThe unit it should be in\nSecond unit\nTarget unit",
+                """Unit wanted
+                Unit to convert to
+                To this unit
+                The unit it should be in
+                Second unit
+                Target unit
+                [Unit|The unit|Measure] [to end with|we want|to get|after the change|of the result|it should have]
+                [Convert|Change|Goes] [to|into]
+                [Into|To] [which|what] unit
+                Wanted unit""",
                 "The unit wanted\nConvert to this unit",
             ),
         ),
     ),
-    lambda values: format_number(convert(values["value"], values["source"], values["target"])),
+    lambda values: format_number(convert(values["value"], values["from"], values["to"])),
 )
 _ASK = Phrases(
     "convert.ask",
@@ -115,7 +140,7 @@ def conversion(rng: Random, split: Split) -> Task:
     question = _ASK.pick(rng, split, v=value, s=source, t=target, p=person(rng, split))
     use = Use(
         CONVERT,
-        {"value": json_number(value), "source": source, "target": target},
+        {"value": json_number(value), "from": source, "to": target},
         f"Convert {value} from {source} to {target}.",
     )
     answer = ("{v} {s} is {r} {t}.", "That is {r} {t}.", "{v} {s} = {r} {t}.")[int(rng.random() * 3)]

@@ -24,7 +24,9 @@ _ABOUT = Phrases(
     Get the {k} for a {w}.
     Find the {k} of a {w}.
     Gives the {k} of a {w}.
-    {w} {k} look-up.""",
+    {w} {k} look-up.
+    [Tell|Tells|Read|Show|Shows|Search] [the {k} of|which {k} has|the {k} for] [one {w}|a given {w}|any {w}|a {w} by name].
+    [Finds|Fetches|Reads] [the {k}|a {k}] by the name of [a|the] {w}.""",
     """Look up a {w} and return the {k}.
     The {k} of a {w}.""",
 )
@@ -33,12 +35,16 @@ _ALL = Phrases(
     """Look up the data of a {w}.
     Returns the record of a {w}.
     Get all details of a {w}.
-    Find a {w} in the list.""",
+    Find a {w} in the list.
+    [All data|Everything|What is known|Details] [about|on|for] a {w}.
+    [Reads|Shows|Finds|Fetches] the [record|data|entry] of [a|one|some] {w}.""",
     """Returns all data of a {w}.
     The record of one {w}.""",
 )
 _NAME = Phrases(
-    "records.name", "Name of the {w}\nThe {w}\nWhich {w}\n{w} name\nName", "The name of the {w}\nFull {w} name"
+    "records.name",
+    "Name of the {w}\nThe {w}\nWhich {w}\n{w} name\nName\n[What|Which] {w} to [look for|look up|find]\n[Its|The|A] name\nThe {w} [by name|to read|to find]",
+    "The name of the {w}\nFull {w} name",
 )
 _ASK = Phrases(
     "records.ask",
@@ -213,23 +219,26 @@ def table(rng: Random, split: Split) -> Task:
     records = {name: {key: value_of(rng, split, key) for key in keys} for name in names}
     roll = rng.random()
     if roll < 0.4:
-        text = json.dumps([{"name": name, **record} for name, record in records.items()], ensure_ascii=False)
+        parts = {name: json.dumps({"name": name, **record}, ensure_ascii=False) for name, record in records.items()}
+        text = f"[{', '.join(parts.values())}]"
     elif roll < 0.7:
-        text = "; ".join(
-            f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items())
+        parts = {
+            name: f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items())
             for name, record in records.items()
-        )
+        }
+        text = "; ".join(parts.values())
     else:
-        text = " ".join(
-            f"{name} has {' and '.join(f'{key} {value}' for key, value in record.items())};"
+        parts = {
+            name: f"{name} has {' and '.join(f'{key} {value}' for key, value in record.items())}"
             for name, record in records.items()
-        ).rstrip(";")
+        }
+        text = "; ".join(parts.values())
     name, key = rng.choice(names), rng.choice(keys)
     who, result = spoken(kind, name, rng), str(records[name][key])
     question = _ASK.pick(rng, split, k=key, x=who)
     question = question[0].upper() + question[1:]
     answer = _answer(rng, key, who, result)
-    thought = f"The data says {name}: {key} {result}. No tool needed."
+    thought = f"Need the {key} of {name}. The data: {parts[name]}. The {key} is {result}. No tool needed."
     if rng.random() < 0.4:
         return Task(
             "no_tool",
