@@ -1,0 +1,1 @@
+"""Fast functions on arrays, each with a plain twin: they know formats, not models."""

@@ -1,0 +1,1 @@
+"""The CPU library: C++ behind a C ABI, built on first use."""

@@ -1,0 +1,104 @@
+// The C ABI of Karakoram's CPU kernels: one tensor descriptor, one error enum, a few functions.
+//
+// Ownership: every buffer belongs to the caller and must outlive the call; nothing is kept except by k2_moe_begin, whose
+// handle keeps pointers until k2_moe_finish or k2_moe_drop. Calls may come from any thread; each runs on the library's own
+// worker pool and returns when its work is done. No function throws, allocates Python objects, or depends on torch.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)  // the rest of the library stays hidden
+
+#define K2_ABI_VERSION 1
+#define K2_LAYOUT_VERSION 1  // of packed weights, in memory and on disk: docs/kernels.md
+
+typedef enum {
+  K2_OK = 0,
+  K2_BAD_DTYPE = 1,
+  K2_BAD_SHAPE = 2,
+  K2_BAD_STRIDE = 3,
+  K2_BAD_ALIGNMENT = 4,
+  K2_BAD_ID = 5,          // an expert, block or length outside its range
+  K2_NOT_FINITE = 6,      // a scale that is infinite or not a number
+  K2_NO_MEMORY = 7,
+  K2_NO_ISA = 8,          // an instruction set that is not built in, not in this CPU, or not permitted by the kernel
+  K2_BAD_CALL = 9         // calls in the wrong order
+} k2_status;
+
+typedef enum {
+  K2_F32 = 0,
+  K2_BF16 = 1,
+  K2_I32 = 2,
+  K2_I64 = 3,
+  K2_U8 = 4,
+  K2_INT4_PANELS = 16,    // packed matrices: shape is [outputs, inputs] of the matrix, strides are ignored
+  K2_BF16_PANELS = 17,
+  K2_FP8_PANELS = 18
+} k2_dtype;
+
+typedef struct {
+  void* data;
+  int32_t dtype;
+  int32_t ndim;
+  int64_t shape[4];
+  int64_t strides[4];     // in elements
+} k2_tensor;
+
+int k2_abi_version(void);
+const char* k2_last_error(void);  // of the calling thread's last failed call
+
+// Instruction sets, by name: "scalar", "avx2", "avx512f", "avx512", "amx", "amx_emulated" (slow, for tests).
+int k2_isa_available(const char* name);      // 1 if built in and usable here
+k2_status k2_isa_choose(const char* name);   // for all later calls; "auto" takes the best
+const char* k2_isa_chosen(void);
+
+k2_status k2_threads_choose(int threads);    // 1 to the number of cores this process may use
+int k2_threads_chosen(void);
+
+// Bytes of a packed matrix of [outputs, inputs]; -1 for a dtype that is not packed.
+int64_t k2_packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs);
+// int32 [N, K/8] and bf16 [N, K/32] -> int4 panels; refuses scales that are not finite.
+k2_status k2_pack_int4(const k2_tensor* codes, const k2_tensor* scale, k2_tensor* out);
+k2_status k2_unpack_int4(const k2_tensor* packed, k2_tensor* codes, k2_tensor* scale);
+// bf16 [N, K] -> bf16 panels.
+k2_status k2_pack_bf16(const k2_tensor* weight, k2_tensor* out);
+// fp8 e4m3 bytes u8 [N, K] and f32 [N/128, K/128] -> fp8 panels (codes, then the scales).
+k2_status k2_pack_fp8(const k2_tensor* weight, const k2_tensor* scale, k2_tensor* out);
+
+// y[T, N] = x[T, K] · weight[N, K]ᵀ; x bf16, y bf16 or f32.
+k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y);
+
+// down(silu(gate(x)) · up(x)): x bf16 [T, D], y bf16 or f32 [T, D].
+k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y);
+
+// Routed experts of a layer. records[e] points to expert e's int4 panels: gate [I, D], up [I, D], down [D, I], one after
+// another; it may be null for experts that no token visits. shared: null, or three packed matrices gate, up, down.
+// y[t] = Σ_k weights[t, k] · expert[ids[t, k]](x[t]) (+ shared(x[t])), partials kept in f32 and summed in the order of k.
+k2_status k2_moe_int4(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
+                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y);
+
+// The same in steps, for experts that arrive one after another, in any order.
+typedef struct k2_moe k2_moe;
+k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
+                       int64_t intermediate, k2_moe** handle);
+k2_status k2_moe_experts(k2_moe* handle, const int64_t* experts, const void* const* records, int64_t count);
+k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y);  // frees the handle, also on error
+void k2_moe_drop(k2_moe* handle);
+
+// Absorbed latent attention, one query a sequence. q bf16 [B, H, L + R], lengths i64 [B], out f32 or bf16 [B, H, L].
+// cache bf16: [B, S, L + R] without blocks, [blocks, block size, L + R] with blocks i32 [B, blocks per sequence].
+k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, const k2_tensor* blocks, const k2_tensor* lengths,
+                        int64_t latent, float scale, k2_tensor* out);
+
+// y = x / rms(x) · weight over the last dimension: x, y bf16 [T, D], weight bf16 [D]; sums and products in f32.
+k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y);
+
+// Sum of a buffer's bytes with the widest loads of the chosen instruction set: the reader of `k2 bench memory`.
+k2_status k2_read(const k2_tensor* buffer, uint64_t* sum);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,87 @@
+// Two rounds with a barrier between them: all panels of gate and up, then all of down. An item of work is one panel of one
+// job (gate and up beside each other, so that silu · up happens while both are in the cache), or two panels of down.
+#include "feed_forward.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "worker_pool.hpp"
+
+namespace k2 {
+
+namespace {
+
+struct Items {  // items of all jobs in one row of numbers
+  std::vector<int64_t> first;
+
+  template <class Count>
+  Items(const std::vector<FeedForward>& jobs, Count count) {
+    first.push_back(0);
+    for (const FeedForward& job : jobs) first.push_back(first.back() + (job.rows ? count(job) : 0));
+  }
+  int64_t total() const { return first.back(); }
+  size_t job_of(int64_t item) const {
+    return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
+  }
+};
+
+bool gate_and_up(const Kernels& k, const FeedForward& job, int64_t panel) {
+  float* both = static_cast<float*>(thread_scratch(1, static_cast<size_t>(job.rows * 32 * 4)));
+  if (!both) return false;
+  const Side sides[2] = {{&job.gate, panel}, {&job.up, panel}};
+  if (!multiply(k, job.rows, job.x, job.ldx, sides, 2, both, 32)) return false;
+  char* h = static_cast<char*>(job.h) + panel * kPanel * k.activation_bytes;
+  for (int64_t r = 0; r < job.rows; r++)
+    k.silu_mul(both + 32 * r, both + 32 * r + 16, kPanel, h + r * job.ldh() * k.activation_bytes);
+  return true;
+}
+
+bool down(const Kernels& k, const FeedForward& job, int64_t pair) {
+  const int64_t panel = 2 * pair;
+  const int count = panel + 1 < job.down.panels() ? 2 : 1;
+  float* y = static_cast<float*>(thread_scratch(1, static_cast<size_t>(job.rows * 32 * 4)));
+  if (!y) return false;
+  const Side sides[2] = {{&job.down, panel}, {&job.down, panel + 1}};
+  if (!multiply(k, job.rows, job.h, job.ldh(), sides, count, y, 32)) return false;
+  const int64_t columns = std::min<int64_t>(kPanel * count, job.down.outputs - kPanel * panel);
+  for (int64_t r = 0; r < job.rows; r++)
+    memcpy(job.out + (job.place ? job.place[r] : r) * job.ldo + panel * kPanel, y + 32 * r,
+           static_cast<size_t>(columns) * sizeof(float));
+  return true;
+}
+
+}  // namespace
+
+bool run(const Kernels& k, const std::vector<FeedForward>& jobs) {
+  std::atomic<bool> good{true};
+  const Items wide(jobs, [](const FeedForward& job) { return job.gate.panels(); });
+  parallel(wide.total(), [&](int64_t item, int) {
+    const size_t j = wide.job_of(item);
+    if (!gate_and_up(k, jobs[j], item - wide.first[j])) good = false;
+  });
+  const Items narrow(jobs, [](const FeedForward& job) { return (job.down.panels() + 1) / 2; });
+  parallel(narrow.total(), [&](int64_t item, int) {
+    const size_t j = narrow.job_of(item);
+    if (!down(k, jobs[j], item - narrow.first[j])) good = false;
+  });
+  return good;
+}
+
+void load_rows(const Kernels& k, const k2_tensor& x, const int64_t* from, int64_t rows, void* out, int64_t ldo) {
+  const int64_t width = x.shape[1], tail = ldo - width;
+  const auto one = [&](int64_t r, int) {
+    char* place = static_cast<char*>(out) + r * ldo * k.activation_bytes;
+    k.load(static_cast<const uint16_t*>(x.data) + (from ? from[r] : r) * x.strides[0], width, place);
+    if (tail) memset(place + width * k.activation_bytes, 0, static_cast<size_t>(tail * k.activation_bytes));
+  };
+  if (rows < 16)  // not worth waking anyone
+    for (int64_t r = 0; r < rows; r++) one(r, 0);
+  else
+    parallel(rows, one);
+}
+
+void* allocate(size_t bytes) { return aligned_alloc(64, (bytes + 64) / 64 * 64); }
+
+}  // namespace k2

@@ -1,0 +1,121 @@
+// y = x · Wᵀ for a packed matrix, and SwiGLU for one set of rows.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "feed_forward.hpp"
+#include "worker_pool.hpp"
+
+using namespace k2;
+
+namespace {
+
+struct Free {
+  void operator()(void* p) const { free(p); }
+};
+using Block = std::unique_ptr<void, Free>;
+
+k2_status check_y(const k2_tensor* y, int64_t rows, int64_t columns) {
+  if (!y || (y->dtype != K2_F32 && y->dtype != K2_BF16))
+    return fail(K2_BAD_DTYPE, "y is %s, expected float32 or bfloat16", y ? dtype_name(y->dtype) : "missing");
+  K2_TRY(check_tensor("y", y, y->dtype, 2));
+  if (y->shape[0] != rows || y->shape[1] != columns)
+    return fail(K2_BAD_SHAPE, "y is [%lld, %lld], expected [%lld, %lld]", static_cast<long long>(y->shape[0]),
+                static_cast<long long>(y->shape[1]), static_cast<long long>(rows), static_cast<long long>(columns));
+  return K2_OK;
+}
+
+void store(const Kernels& k, const float* from, int64_t n, const k2_tensor& y, int64_t row, int64_t column) {
+  if (y.dtype == K2_F32)
+    memcpy(static_cast<float*>(y.data) + row * y.strides[0] + column, from, static_cast<size_t>(n) * sizeof(float));
+  else
+    k.store_bf16(from, n, static_cast<uint16_t*>(y.data) + row * y.strides[0] + column);
+}
+
+bool two_panels(const Kernels& k, const Matrix& m, int64_t panel, const void* x, int64_t ldx, const k2_tensor& y) {
+  const int count = panel + 1 < m.panels() ? 2 : 1;
+  const int64_t rows = y.shape[0];
+  float* out = static_cast<float*>(thread_scratch(1, static_cast<size_t>(rows * 32 * 4)));
+  const Side sides[2] = {{&m, panel}, {&m, panel + 1}};
+  if (!out || !multiply(k, rows, x, ldx, sides, count, out, 32)) return false;
+  const int64_t left = m.outputs - panel * kPanel, columns = left < kPanel * count ? left : kPanel * count;
+  for (int64_t r = 0; r < rows; r++) store(k, out + 32 * r, columns, y, r, panel * kPanel);
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
+  Matrix m;
+  K2_TRY(check_tensor("x", x, K2_BF16, 2));
+  K2_TRY(as_matrix("weight", weight, &m));
+  if (x->shape[1] != m.inputs)
+    return fail(K2_BAD_SHAPE, "x has %lld columns, the weight %lld inputs", static_cast<long long>(x->shape[1]),
+                static_cast<long long>(m.inputs));
+  K2_TRY(check_y(y, x->shape[0], m.outputs));
+  if (!x->shape[0]) return K2_OK;
+  const Kernels& k = kernels();
+  const int64_t ldx = round_up(m.inputs, kBlock);
+  const void* in = x->data;
+  Block copy;
+  if (k.activation_bytes != 2 || ldx != m.inputs || x->strides[0] != ldx) {
+    copy.reset(allocate(static_cast<size_t>(x->shape[0] * ldx * k.activation_bytes)));
+    if (!copy) return fail(K2_NO_MEMORY, "no memory for %lld rows of activations", static_cast<long long>(x->shape[0]));
+    load_rows(k, *x, nullptr, x->shape[0], copy.get(), ldx);
+    in = copy.get();
+  }
+  std::atomic<bool> good{true};
+  parallel((m.panels() + 1) / 2, [&](int64_t pair, int) {
+    if (!two_panels(k, m, 2 * pair, in, ldx, *y)) good = false;
+  });
+  return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
+}
+
+k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y) {
+  FeedForward job;
+  K2_TRY(check_tensor("x", x, K2_BF16, 2));
+  K2_TRY(as_matrix("gate", gate, &job.gate));
+  K2_TRY(as_matrix("up", up, &job.up));
+  K2_TRY(as_matrix("down", down, &job.down));
+  if (job.gate.inputs != x->shape[1] || job.up.inputs != x->shape[1] || job.up.outputs != job.gate.outputs ||
+      job.down.inputs != job.gate.outputs || job.gate.dtype != job.up.dtype)
+    return fail(K2_BAD_SHAPE, "gate, up and down do not fit each other or x");
+  K2_TRY(check_y(y, x->shape[0], job.down.outputs));
+  const Kernels& k = kernels();
+  job.rows = x->shape[0];
+  if (!job.rows) return K2_OK;
+  job.ldx = round_up(x->shape[1], kBlock);
+  job.ldo = job.down.outputs;
+  Block in(allocate(static_cast<size_t>(job.rows * job.ldx * k.activation_bytes)));
+  Block h(allocate(static_cast<size_t>(job.rows * job.ldh() * k.activation_bytes)));
+  Block out(allocate(static_cast<size_t>(job.rows * job.ldo * 4)));
+  if (!in || !h || !out) return fail(K2_NO_MEMORY, "no memory for %lld rows", static_cast<long long>(job.rows));
+  memset(h.get(), 0, static_cast<size_t>(job.rows * job.ldh() * k.activation_bytes));
+  load_rows(k, *x, nullptr, job.rows, in.get(), job.ldx);
+  job.x = in.get(), job.h = h.get(), job.out = static_cast<float*>(out.get());
+  if (!run(k, {job})) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
+  for (int64_t r = 0; r < job.rows; r++) store(k, job.out + r * job.ldo, job.ldo, *y, r, 0);
+  return K2_OK;
+}
+
+k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y) {
+  K2_TRY(check_tensor("x", x, K2_BF16, 2));
+  K2_TRY(check_tensor("weight", weight, K2_BF16, 1));
+  K2_TRY(check_tensor("y", y, K2_BF16, 2));
+  if (weight->shape[0] != x->shape[1] || y->shape[0] != x->shape[0] || y->shape[1] != x->shape[1])
+    return fail(K2_BAD_SHAPE, "x, weight and y do not fit each other");
+  const Kernels& k = kernels();
+  const auto one = [&](int64_t r, int) {
+    k.rms_norm(static_cast<const uint16_t*>(x->data) + r * x->strides[0], static_cast<const uint16_t*>(weight->data),
+               x->shape[1], eps, static_cast<uint16_t*>(y->data) + r * y->strides[0]);
+  };
+  if (x->shape[0] < 8)
+    for (int64_t r = 0; r < x->shape[0]; r++) one(r, 0);
+  else
+    parallel(x->shape[0], one);
+  return K2_OK;
+}
+}

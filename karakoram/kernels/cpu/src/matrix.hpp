@@ -1,0 +1,42 @@
+// A packed matrix and products with it, for callers that share the work themselves.
+#pragma once
+#include "dispatch.hpp"
+#include "errors.hpp"
+
+namespace k2 {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Matrix {  // packed [outputs, inputs]
+  const uint8_t* data = nullptr;
+  int32_t dtype = K2_INT4_PANELS;
+  int64_t outputs = 0, inputs = 0;
+
+  int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
+  int64_t block_bytes() const {
+    return dtype == K2_INT4_PANELS ? kInt4BlockBytes : dtype == K2_BF16_PANELS ? 2 * kPanel * kBlock : kPanel * kBlock;
+  }
+  int64_t panel_bytes() const { return blocks() * block_bytes(); }
+  const uint8_t* panel(int64_t p) const { return data + p * panel_bytes(); }
+  // fp8: scales per 128 inputs of the 128 outputs that hold panel p
+  int64_t scale_columns() const { return (inputs + 127) / 128; }
+  const float* scales(int64_t p) const {
+    return reinterpret_cast<const float*>(data + panels() * panel_bytes()) + p * kPanel / 128 * scale_columns();
+  }
+};
+
+int64_t packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs);
+
+k2_status as_matrix(const char* name, const k2_tensor* tensor, Matrix* out);
+
+// Activations of `rows` rows (padded to the block) times panels [first, first + count) of up to two matrices side by side:
+// out[r][16·i + n]. At most 2 panels in all. Uses scratch slot 0 of the thread.
+struct Side {
+  const Matrix* matrix;
+  int64_t panel;
+};
+bool multiply(const Kernels& k, int64_t rows, const void* x, int64_t ldx, const Side* sides, int count, float* out,
+              int64_t ldo);
+
+}  // namespace k2

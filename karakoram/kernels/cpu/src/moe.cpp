@@ -1,0 +1,246 @@
+// The routed experts of a layer. Tokens are sorted by expert; every expert multiplies its own rows; each (token, slot) has a
+// partial result of its own, and the partials are summed in the order of the slots once all are there. So the sum does not
+// depend on the order in which experts arrive, on their number per call, or on the number of threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "feed_forward.hpp"
+#include "worker_pool.hpp"
+
+using namespace k2;
+
+struct k2_moe {
+  int64_t tokens, slots, hidden, experts, intermediate;
+  std::vector<int64_t> first;     // [experts + 1]: an expert's rows among the sorted ones
+  std::vector<int64_t> token;     // [rows] token of a sorted row
+  std::vector<int64_t> place;     // [rows] token · slots + slot
+  std::vector<char> done;         // [experts]
+  std::vector<float> weight;      // [tokens · slots]
+  k2_tensor x;
+  void *in = nullptr, *h = nullptr;
+  float* partial = nullptr;       // [tokens · slots, hidden]
+  const Kernels* kernels = nullptr;
+
+  int64_t ldx() const { return round_up(hidden, kBlock); }
+  int64_t ldh() const { return round_up(intermediate, kBlock); }
+  int64_t rows() const { return tokens * slots; }
+  ~k2_moe() {
+    free(in);
+    free(h);
+    free(partial);
+  }
+};
+
+namespace {
+
+int64_t id_at(const k2_tensor& ids, int64_t t, int64_t s) {
+  const int64_t place = t * ids.strides[0] + s;
+  return ids.dtype == K2_I64 ? static_cast<const int64_t*>(ids.data)[place] : static_cast<const int32_t*>(ids.data)[place];
+}
+
+k2_status check_routing(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts) {
+  K2_TRY(check_tensor("x", x, K2_BF16, 2));
+  if (!ids || (ids->dtype != K2_I32 && ids->dtype != K2_I64))
+    return fail(K2_BAD_DTYPE, "ids is %s, expected int64 or int32", ids ? dtype_name(ids->dtype) : "missing");
+  K2_TRY(check_tensor("ids", ids, ids->dtype, 2));
+  K2_TRY(check_tensor("weights", weights, K2_F32, 2));
+  if (ids->shape[0] != x->shape[0] || weights->shape[0] != x->shape[0] || ids->shape[1] != weights->shape[1])
+    return fail(K2_BAD_SHAPE, "x, ids and weights are of %lld, %lld and %lld tokens, %lld and %lld slots",
+                static_cast<long long>(x->shape[0]), static_cast<long long>(ids->shape[0]),
+                static_cast<long long>(weights->shape[0]), static_cast<long long>(ids->shape[1]),
+                static_cast<long long>(weights->shape[1]));
+  if (x->shape[1] < 1 || experts < 1 || ids->shape[1] < 1)
+    return fail(K2_BAD_SHAPE, "no hidden size, no expert or no slot");
+  for (int64_t t = 0; t < ids->shape[0]; t++)
+    for (int64_t s = 0; s < ids->shape[1]; s++) {
+      const int64_t id = id_at(*ids, t, s);
+      if (id < 0 || id >= experts)
+        return fail(K2_BAD_ID, "token %lld chooses expert %lld of %lld", static_cast<long long>(t),
+                    static_cast<long long>(id), static_cast<long long>(experts));
+    }
+  return K2_OK;
+}
+
+void sort_by_expert(k2_moe& m, const k2_tensor& ids) {
+  m.first.assign(m.experts + 1, 0);
+  for (int64_t t = 0; t < m.tokens; t++)
+    for (int64_t s = 0; s < m.slots; s++) m.first[id_at(ids, t, s) + 1]++;
+  for (int64_t e = 0; e < m.experts; e++) m.first[e + 1] += m.first[e];
+  std::vector<int64_t> next(m.first.begin(), m.first.end() - 1);
+  m.token.resize(m.rows());
+  m.place.resize(m.rows());
+  for (int64_t t = 0; t < m.tokens; t++)
+    for (int64_t s = 0; s < m.slots; s++) {
+      const int64_t row = next[id_at(ids, t, s)]++;
+      m.token[row] = t;
+      m.place[row] = t * m.slots + s;
+    }
+}
+
+Matrix part_of(const uint8_t* record, int64_t bytes_before, int64_t outputs, int64_t inputs) {
+  return Matrix{record + bytes_before, K2_INT4_PANELS, outputs, inputs};
+}
+
+FeedForward expert_job(const k2_moe& m, int64_t expert, const void* record) {
+  const uint8_t* data = static_cast<const uint8_t*>(record);
+  const int64_t wide = packed_bytes(K2_INT4_PANELS, m.intermediate, m.hidden), first = m.first[expert];
+  FeedForward job;
+  job.gate = part_of(data, 0, m.intermediate, m.hidden);
+  job.up = part_of(data, wide, m.intermediate, m.hidden);
+  job.down = part_of(data, 2 * wide, m.hidden, m.intermediate);
+  job.rows = m.first[expert + 1] - first;
+  job.ldx = m.ldx();
+  job.x = static_cast<const char*>(m.in) + first * job.ldx * m.kernels->activation_bytes;
+  job.h = static_cast<char*>(m.h) + first * m.ldh() * m.kernels->activation_bytes;
+  job.out = m.partial;
+  job.ldo = m.hidden;
+  job.place = m.place.data() + first;
+  return job;
+}
+
+k2_status run_shared(const k2_moe& m, const k2_tensor* shared, float* out) {
+  FeedForward job;
+  K2_TRY(as_matrix("the shared gate", &shared[0], &job.gate));
+  K2_TRY(as_matrix("the shared up", &shared[1], &job.up));
+  K2_TRY(as_matrix("the shared down", &shared[2], &job.down));
+  if (job.gate.inputs != m.hidden || job.up.inputs != m.hidden || job.up.outputs != job.gate.outputs ||
+      job.down.inputs != job.gate.outputs || job.down.outputs != m.hidden || job.gate.dtype != job.up.dtype)
+    return fail(K2_BAD_SHAPE, "the shared experts' gate, up and down do not fit each other or x");
+  const Kernels& k = *m.kernels;
+  job.rows = m.tokens;
+  job.ldx = m.ldx();
+  job.out = out;
+  job.ldo = m.hidden;
+  std::unique_ptr<void, void (*)(void*)> in(allocate(static_cast<size_t>(m.tokens * job.ldx * k.activation_bytes)), free);
+  std::unique_ptr<void, void (*)(void*)> h(allocate(static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes)), free);
+  if (!in || !h) return fail(K2_NO_MEMORY, "no memory for the shared experts");
+  memset(h.get(), 0, static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes));
+  load_rows(k, m.x, nullptr, m.tokens, in.get(), job.ldx);
+  job.x = in.get(), job.h = h.get();
+  return run(k, {job}) ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
+}
+
+void sum_slots(const k2_moe& m, const float* shared, k2_tensor& y) {
+  constexpr int64_t kColumns = 1024;
+  const int64_t pieces = (m.hidden + kColumns - 1) / kColumns;
+  const auto one = [&](int64_t item, int) {
+    const int64_t t = item / pieces, from = item % pieces * kColumns;
+    const int64_t n = m.hidden - from < kColumns ? m.hidden - from : kColumns;
+    alignas(64) float sum[kColumns];
+    for (int64_t s = 0; s < m.slots; s++)
+      m.kernels->axpy(m.partial + (t * m.slots + s) * m.hidden + from, m.weight[t * m.slots + s], n, sum, s > 0);
+    if (shared) m.kernels->axpy(shared + t * m.hidden + from, 1.0f, n, sum, true);
+    const int64_t place = t * y.strides[0] + from;
+    if (y.dtype == K2_F32)
+      memcpy(static_cast<float*>(y.data) + place, sum, static_cast<size_t>(n) * 4);
+    else
+      m.kernels->store_bf16(sum, n, static_cast<uint16_t*>(y.data) + place);
+  };
+  if (m.tokens < 8)
+    for (int64_t item = 0; item < m.tokens * pieces; item++) one(item, 0);
+  else
+    parallel(m.tokens * pieces, one);
+}
+
+k2_status check_result(const k2_moe& m, const k2_tensor* y) {
+  if (!y || (y->dtype != K2_F32 && y->dtype != K2_BF16))
+    return fail(K2_BAD_DTYPE, "y is %s, expected float32 or bfloat16", y ? dtype_name(y->dtype) : "missing");
+  K2_TRY(check_tensor("y", y, y->dtype, 2));
+  if (y->shape[0] != m.tokens || y->shape[1] != m.hidden)
+    return fail(K2_BAD_SHAPE, "y is [%lld, %lld], expected [%lld, %lld]", static_cast<long long>(y->shape[0]),
+                static_cast<long long>(y->shape[1]), static_cast<long long>(m.tokens), static_cast<long long>(m.hidden));
+  for (int64_t e = 0; e < m.experts; e++)
+    if (!m.done[e] && m.first[e + 1] > m.first[e])
+      return fail(K2_BAD_CALL, "expert %lld has %lld tokens and was never given", static_cast<long long>(e),
+                  static_cast<long long>(m.first[e + 1] - m.first[e]));
+  return K2_OK;
+}
+
+}  // namespace
+
+extern "C" {
+
+k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
+                       int64_t intermediate, k2_moe** handle) {
+  *handle = nullptr;
+  K2_TRY(check_routing(x, ids, weights, experts));
+  if (intermediate < 1) return fail(K2_BAD_SHAPE, "experts of width %lld", static_cast<long long>(intermediate));
+  std::unique_ptr<k2_moe> m(new (std::nothrow) k2_moe);
+  if (!m) return fail(K2_NO_MEMORY, "no memory for a layer's experts");
+  m->tokens = x->shape[0], m->hidden = x->shape[1], m->slots = ids->shape[1];
+  m->experts = experts, m->intermediate = intermediate;
+  m->x = *x;
+  m->kernels = &kernels();
+  m->done.assign(experts, 0);
+  m->weight.resize(m->rows());
+  for (int64_t t = 0; t < m->tokens; t++)
+    for (int64_t s = 0; s < m->slots; s++)
+      m->weight[t * m->slots + s] = static_cast<const float*>(weights->data)[t * weights->strides[0] + s];
+  sort_by_expert(*m, *ids);
+  const size_t activation = m->kernels->activation_bytes;
+  m->in = allocate(m->rows() * m->ldx() * activation);
+  m->h = allocate(m->rows() * m->ldh() * activation);
+  m->partial = static_cast<float*>(allocate(m->rows() * m->hidden * sizeof(float)));
+  if (!m->in || !m->h || !m->partial)
+    return fail(K2_NO_MEMORY, "no memory for %lld tokens in %lld slots", static_cast<long long>(m->tokens),
+                static_cast<long long>(m->slots));
+  if (m->ldh() != m->intermediate) memset(m->h, 0, m->rows() * m->ldh() * activation);
+  load_rows(*m->kernels, m->x, m->token.data(), m->rows(), m->in, m->ldx());
+  *handle = m.release();
+  return K2_OK;
+}
+
+k2_status k2_moe_experts(k2_moe* m, const int64_t* experts, const void* const* records, int64_t count) {
+  std::vector<FeedForward> jobs;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t e = experts[i];
+    if (e < 0 || e >= m->experts)
+      return fail(K2_BAD_ID, "expert %lld of %lld", static_cast<long long>(e), static_cast<long long>(m->experts));
+    if (m->first[e] == m->first[e + 1] || m->done[e]) continue;
+    if (!records[i]) return fail(K2_BAD_CALL, "expert %lld has tokens but no record", static_cast<long long>(e));
+    if (reinterpret_cast<uintptr_t>(records[i]) % 64)
+      return fail(K2_BAD_ALIGNMENT, "the record of expert %lld is not aligned to 64 bytes", static_cast<long long>(e));
+    jobs.push_back(expert_job(*m, e, records[i]));
+  }
+  if (!run(*m->kernels, jobs)) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
+  for (int64_t i = 0; i < count; i++) m->done[experts[i]] = 1;
+  return K2_OK;
+}
+
+k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y) {
+  std::unique_ptr<k2_moe> m(handle);
+  K2_TRY(check_result(*m, y));
+  std::unique_ptr<float, void (*)(void*)> beside(nullptr, free);
+  if (shared && m->tokens) {
+    beside.reset(static_cast<float*>(allocate(m->tokens * m->hidden * sizeof(float))));
+    if (!beside) return fail(K2_NO_MEMORY, "no memory for the shared experts");
+    K2_TRY(run_shared(*m, shared, beside.get()));
+  }
+  sum_slots(*m, beside.get(), *y);
+  return K2_OK;
+}
+
+void k2_moe_drop(k2_moe* handle) { delete handle; }
+
+k2_status k2_moe_int4(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
+                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y) {
+  k2_moe* m = nullptr;
+  K2_TRY(k2_moe_begin(x, ids, weights, experts, intermediate, &m));
+  std::vector<int64_t> all;
+  std::vector<const void*> theirs;
+  for (int64_t e = 0; e < experts; e++)
+    if (m->first[e + 1] > m->first[e]) {
+      all.push_back(e);
+      theirs.push_back(records[e]);
+    }
+  const k2_status status = k2_moe_experts(m, all.data(), theirs.data(), static_cast<int64_t>(all.size()));
+  if (status != K2_OK) {
+    k2_moe_drop(m);
+    return status;
+  }
+  return k2_moe_finish(m, shared, y);
+}
+}

@@ -1,0 +1,224 @@
+// A worker waits for a new round number: it looks a few thousand times, then sleeps on a condition variable, so that an idle
+// pool costs nothing and torch's own threads get the cores between calls. A fork leaves the child without threads; it
+// starts anew with its first call.
+#include "worker_pool.hpp"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace k2 {
+namespace {
+
+constexpr int kLooks = 4000;  // about 20 µs: the gap between two calls of one layer
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Pool {
+  std::mutex callers;  // one parallel_for at a time
+  std::mutex sleep;
+  std::condition_variable wake, finished;
+  std::atomic<uint64_t> round{0};
+  std::atomic<int64_t> next{0};
+  std::atomic<int> busy{0};
+  std::atomic<bool> stop{false};
+  int64_t items = 0;
+  void (*work)(int64_t, void*, int) = nullptr;
+  void* context = nullptr;
+  std::vector<std::thread> workers;
+};
+
+Pool* pool = nullptr;
+std::atomic<int> wanted_threads{0};
+std::mutex* creation = new std::mutex;
+thread_local bool inside = false;  // a call from within a call runs alone
+
+void take_items(Pool& p, int thread) {
+  for (;;) {
+    const int64_t item = p.next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= p.items) return;
+    p.work(item, p.context, thread);
+  }
+}
+
+void pin_to(int core_of_permitted) {
+#if defined(__linux__)
+  cpu_set_t permitted, one;
+  if (sched_getaffinity(0, sizeof permitted, &permitted)) return;
+  int seen = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+    if (CPU_ISSET(cpu, &permitted) && seen++ == core_of_permitted) {
+      CPU_ZERO(&one);
+      CPU_SET(cpu, &one);
+      pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+      return;
+    }
+#else
+  (void)core_of_permitted;
+#endif
+}
+
+void live(Pool* p, int thread, uint64_t seen) {
+  pin_to(thread);
+  inside = true;
+  for (;;) {
+    for (int look = 0; look < kLooks && p->round.load(std::memory_order_acquire) == seen; look++) pause_briefly();
+    if (p->round.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(p->sleep);
+      p->wake.wait(lock, [&] { return p->round.load(std::memory_order_acquire) != seen || p->stop; });
+    }
+    if (p->stop) return;
+    seen = p->round.load(std::memory_order_acquire);
+    take_items(*p, thread);
+    if (p->busy.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      std::lock_guard<std::mutex> lock(p->sleep);
+      p->finished.notify_one();
+    }
+  }
+}
+
+void forget_after_fork() {  // the child has no workers, and locks may be held by threads that are not there
+  pool = nullptr;
+  creation = new std::mutex;
+  inside = false;
+}
+
+Pool* running_pool() {
+  std::lock_guard<std::mutex> lock(*creation);
+  const int threads = pool_threads();
+  if (pool && static_cast<int>(pool->workers.size()) + 1 == threads) return pool;
+  static bool registered = false;
+  if (!registered) {
+    pthread_atfork(nullptr, nullptr, forget_after_fork);
+    registered = true;
+  }
+  if (pool) {
+    std::lock_guard<std::mutex> no_caller(pool->callers);
+    {
+      std::lock_guard<std::mutex> asleep(pool->sleep);
+      pool->stop = true;
+      pool->round.fetch_add(1, std::memory_order_release);
+    }
+    pool->wake.notify_all();
+    for (std::thread& worker : pool->workers) worker.join();
+    pool->workers.clear();
+    pool->stop = false;
+  } else {
+    pool = new Pool;  // never deleted: callers may hold it, and so may a forked child's copy
+  }
+  const uint64_t round = pool->round.load();
+  for (int thread = 1; thread < threads; thread++) pool->workers.emplace_back(live, pool, thread, round);
+  return pool;
+}
+
+struct Scratch {
+  void* data[kScratchSlots] = {};
+  size_t bytes[kScratchSlots] = {};
+  ~Scratch() {
+    for (void* block : data) free(block);
+  }
+};
+thread_local Scratch scratch;
+
+int cores_by_quota() {  // cgroup v2 "quota period", v1 two files; 0 without a limit
+  long long quota = 0, period = 0;
+  char first[32] = "";
+  if (FILE* file = fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (fscanf(file, "%31s %lld", first, &period) == 2 && strcmp(first, "max") != 0) quota = atoll(first);
+    fclose(file);
+  } else {
+    if (FILE* v1 = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r")) {
+      if (fscanf(v1, "%lld", &quota) != 1) quota = 0;
+      fclose(v1);
+    }
+    if (FILE* v1 = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r")) {
+      if (fscanf(v1, "%lld", &period) != 1) period = 0;
+      fclose(v1);
+    }
+  }
+  return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
+}
+
+}  // namespace
+
+int cores_permitted() {
+  int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t permitted;
+  if (!sched_getaffinity(0, sizeof permitted, &permitted)) cores = CPU_COUNT(&permitted);
+#endif
+  const int quota = cores_by_quota();
+  if (quota && quota < cores) cores = quota;
+  return cores > 0 ? cores : 1;
+}
+
+int pool_threads() {
+  int threads = wanted_threads.load();
+  if (threads == 0) {
+    // Asked once, by the first caller, whose own affinity is that of the process: workers are pinned, it is not.
+    threads = cores_permitted();
+    wanted_threads.store(threads);
+  }
+  return threads;
+}
+
+void choose_threads(int threads) {
+  const int most = cores_permitted();
+  wanted_threads.store(threads < 1 ? 1 : threads > most ? most : threads);
+}
+
+void parallel_for(int64_t items, void (*work)(int64_t, void*, int), void* context) {
+  if (items <= 0) return;
+  if (items == 1 || inside || pool_threads() == 1) {
+    for (int64_t item = 0; item < items; item++) work(item, context, 0);
+    return;
+  }
+  Pool* p = running_pool();
+  std::lock_guard<std::mutex> lock(p->callers);
+  inside = true;
+  p->items = items;
+  p->work = work;
+  p->context = context;
+  p->next.store(0, std::memory_order_relaxed);
+  p->busy.store(static_cast<int>(p->workers.size()), std::memory_order_relaxed);
+  {
+    std::lock_guard<std::mutex> asleep(p->sleep);
+    p->round.fetch_add(1, std::memory_order_release);
+  }
+  p->wake.notify_all();
+  take_items(*p, 0);
+  for (int look = 0; look < kLooks && p->busy.load(std::memory_order_acquire); look++) pause_briefly();
+  if (p->busy.load(std::memory_order_acquire)) {
+    std::unique_lock<std::mutex> asleep(p->sleep);
+    p->finished.wait(asleep, [&] { return p->busy.load(std::memory_order_acquire) == 0; });
+  }
+  inside = false;
+}
+
+void* thread_scratch(int slot, size_t bytes) {
+  if (scratch.bytes[slot] < bytes) {
+    free(scratch.data[slot]);
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    scratch.data[slot] = aligned_alloc(64, rounded);
+    scratch.bytes[slot] = scratch.data[slot] ? rounded : 0;
+  }
+  return scratch.data[slot];
+}
+
+}  // namespace k2

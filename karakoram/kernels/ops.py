@@ -1,0 +1,264 @@
+"""The menu: every operation, its implementations, and how one is chosen.
+
+    linear      x · Wᵀ for a packed matrix              int4, bf16, fp8
+    mlp         SwiGLU with packed matrices              shared experts, dense layers
+    moe_int4    the routed experts of a layer            int4
+    mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
+    rms_norm    over the last dimension                  bf16
+
+Each has the same signature in `reference` (plain torch) and runs in C++ where that can be built (`cpu`). Chosen by the
+argument `implementation`, else by KARAKORAM_ISA (an instruction set, or "reference"), else by what is there.
+`docs/kernels.md` tells what is computed in which precision, and how fast.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from karakoram.errors import FormatError, InputError
+from karakoram.kernels import packed, reference
+from karakoram.kernels.cpu.library import Library, describe, describe_packed, library
+from karakoram.kernels.packed import PackedExperts, PackedMatrix
+
+IMPLEMENTATIONS = ("cpu", "reference")
+VARIABLE = "KARAKORAM_ISA"
+
+
+@cache
+def _prepared() -> Library | None:
+    """The library with the environment's wishes applied; None if the reference is to serve."""
+    wish = os.environ.get(VARIABLE, "auto") or "auto"
+    if wish == "reference":
+        return None
+    found = library()
+    if found is None:
+        return None
+    found.choose_isa(wish)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and 0 < int(given) < found.threads:
+        found.choose_threads(int(given))
+    return found
+
+
+def chosen(implementation: str | None = None) -> Library | None:
+    """The library that an operation will run on, None for the reference. Raises InputError for what is not there."""
+    if implementation == "reference":
+        return None
+    if implementation not in (None, "cpu"):
+        raise InputError(
+            f"There is no implementation {implementation!r}.", f"Choose one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    found = _prepared()
+    if implementation == "cpu" and found is None:
+        raise InputError("The CPU kernels are not there.", f"Unset {VARIABLE}, and see `k2 doctor`.")
+    return found
+
+
+@contextmanager
+def using(isa: str | None = None, threads: int | None = None) -> Iterator[str]:
+    """Within it, kernels run on this instruction set and number of threads; gives the set's name. For benches and tests."""
+    found = chosen("cpu")
+    assert found is not None
+    before = found.isa, found.threads
+    try:
+        if isa is not None:
+            found.choose_isa(isa)
+        if threads is not None:
+            found.choose_threads(threads)
+        yield found.isa
+    finally:
+        found.choose_isa(before[0])
+        found.choose_threads(before[1])
+
+
+def describe_choice() -> str:
+    """For `k2 doctor`: the implementation in use, and what else there is."""
+    found = _prepared()
+    if found is None:
+        return "reference (plain torch)"
+    others = [name for name in found.isas() if name not in (found.isa, "amx_emulated")]
+    return f"cpu, {found.isa}, {found.threads} threads; also {', '.join(others)}"
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def _room(kind: packed.Kind, outputs: int, inputs: int, out: Tensor | None) -> Tensor:
+    size = packed.packed_bytes(kind, outputs, inputs)
+    return torch.empty(size, dtype=torch.uint8) if out is None else out
+
+
+def pack_int4(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> PackedMatrix:
+    """weight_packed int32 [N, K/8] and weight_scale bf16 [N, K/32] -> panels, into `out` (uint8) if given."""
+    outputs, inputs = scale.shape[0], scale.shape[1] * 32
+    data = _room("int4", outputs, inputs, out)
+    if (lib := chosen()) is None:
+        data.copy_(packed.pack_int4(codes, scale))
+    else:
+        if not bool(scale.isfinite().all()):
+            raise FormatError("A scale of an int4 weight is infinite or not a number.", "The checkpoint is damaged.")
+        lib.call("k2_pack_int4", describe(codes), describe(scale), describe_packed(data, "int4", outputs, inputs))
+    return PackedMatrix(data, "int4", outputs, inputs)
+
+
+def pack_bf16(weight: Tensor, out: Tensor | None = None) -> PackedMatrix:
+    """bf16 [N, K] -> panels."""
+    outputs, inputs = weight.shape
+    data = _room("bf16", outputs, inputs, out)
+    if (lib := chosen()) is None:
+        data.copy_(packed.pack_pairs(weight).view(torch.uint8))
+    else:
+        lib.call("k2_pack_bf16", describe(weight), describe_packed(data, "bf16", outputs, inputs))
+    return PackedMatrix(data, "bf16", outputs, inputs)
+
+
+def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> PackedMatrix:
+    """float8_e4m3fn [N, K] and weight_scale_inv float32 [N/128, K/128] -> panels."""
+    outputs, inputs = weight.shape
+    data = _room("fp8", outputs, inputs, out)
+    codes = weight.view(torch.uint8)
+    if (lib := chosen()) is None:
+        data.copy_(torch.cat((packed.pack_pairs(codes), scale.contiguous().flatten().view(torch.uint8))))
+    else:
+        lib.call("k2_pack_fp8", describe(codes), describe(scale), describe_packed(data, "fp8", outputs, inputs))
+    return PackedMatrix(data, "fp8", outputs, inputs)
+
+
+# ------------------------------------------------------------------------------------------------ operations
+
+
+def _packed(matrix: PackedMatrix):  # noqa: ANN202 - a ctypes structure
+    return describe_packed(matrix.data, matrix.kind, matrix.outputs, matrix.inputs)
+
+
+def linear(
+    x_TK: Tensor, weight: PackedMatrix, out_dtype: torch.dtype = torch.bfloat16, implementation: str | None = None
+) -> Tensor:
+    """x · weightᵀ: bf16 [T, K] -> bf16 or float32 [T, N]."""
+    if (lib := chosen(implementation)) is None:
+        return reference.linear(x_TK, weight, out_dtype)
+    y_TN = torch.empty(x_TK.shape[0], weight.outputs, dtype=out_dtype)
+    lib.call("k2_linear", describe(x_TK), _packed(weight), describe(y_TN))
+    return y_TN
+
+
+def mlp(
+    x_TD: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix, implementation: str | None = None
+) -> Tensor:
+    """down(silu(gate(x)) · up(x)): bf16 [T, D] -> bf16 [T, D]."""
+    if (lib := chosen(implementation)) is None:
+        return reference.mlp(x_TD, gate, up, down)
+    y_TD = torch.empty(x_TD.shape[0], down.outputs, dtype=x_TD.dtype)
+    lib.call("k2_mlp", describe(x_TD), _packed(gate), _packed(up), _packed(down), describe(y_TD))
+    return y_TD
+
+
+def _shared(shared: Iterable[PackedMatrix] | None):  # noqa: ANN202
+    from karakoram.kernels.cpu.library import TensorDescriptor
+
+    return None if shared is None else (TensorDescriptor * 3)(*(_packed(matrix) for matrix in shared))
+
+
+def moe_int4(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: PackedExperts,
+    shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Σ_k weights[t, k] · expert[ids[t, k]](x[t]) (+ shared(x[t])): bf16 [T, D] -> bf16 [T, D].
+
+    ids int64 or int32 [T, K], weights float32 [T, K]. The sum runs over k in order, whatever order experts ran in.
+    """
+    if (lib := chosen(implementation)) is None:
+        return reference.moe_int4(x_TD, ids_TK, weights_TK, experts, shared)
+    if x_TD.shape[1] != experts.hidden:
+        raise InputError(
+            f"x has {x_TD.shape[1]} columns, the experts {experts.hidden} inputs.", "Take this layer's experts."
+        )
+    y_TD = torch.empty_like(x_TD)
+    lib.call(
+        "k2_moe_int4", describe(x_TD), describe(ids_TK), describe(weights_TK), _records(experts),
+        ctypes.c_int64(experts.experts), ctypes.c_int64(experts.intermediate), _shared(shared), describe(y_TD),
+    )  # fmt: skip
+    return y_TD
+
+
+def _records(experts: PackedExperts):  # noqa: ANN202
+    first, stride = experts.records.data_ptr(), experts.records.stride(0)
+    return (ctypes.c_void_p * experts.experts)(*(first + e * stride for e in range(experts.experts)))
+
+
+class MoeInt4:
+    """`moe_int4` in steps, for experts that arrive one after another: begin (here), `experts`, `finish`.
+
+    The result is the same bits whatever the order and grouping of the calls. Only on the library.
+    """
+
+    def __init__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, intermediate: int) -> None:
+        lib = chosen("cpu")
+        assert lib is not None
+        self._lib, self._x = lib, x_TD  # x is read again by `finish`
+        self._handle = ctypes.c_void_p()
+        lib.call(
+            "k2_moe_begin", describe(x_TD), describe(ids_TK), describe(weights_TK), ctypes.c_int64(experts),
+            ctypes.c_int64(intermediate), ctypes.byref(self._handle),
+        )  # fmt: skip
+
+    def experts(self, ids: list[int], records: list[Tensor]) -> None:
+        """Compute these experts' partials; each record is a row of `PackedExperts.records`."""
+        self._open()
+        numbers = (ctypes.c_int64 * len(ids))(*ids)
+        places = (ctypes.c_void_p * len(ids))(*(record.data_ptr() for record in records))
+        self._lib.call("k2_moe_experts", self._handle, numbers, places, ctypes.c_int64(len(ids)))
+
+    def finish(self, shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None) -> Tensor:
+        """Sum the slots. Raises InputError if an expert that tokens chose never came; the handle is gone either way."""
+        self._open()
+        y_TD = torch.empty_like(self._x)
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        self._lib.call("k2_moe_finish", handle, _shared(shared), describe(y_TD))
+        return y_TD
+
+    def _open(self) -> None:
+        if not self._handle:
+            raise InputError("These experts are summed already.", "Begin anew.")
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._lib.c.k2_moe_drop(self._handle)
+
+
+def mla_decode(
+    q_BHx: Tensor,
+    cache: Tensor,
+    lengths_B: Tensor,
+    latent: int,
+    scale: float,
+    blocks: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Absorbed attention, one query a sequence: bf16 [B, H, L + R] -> bf16 [B, H, L]; see `reference.mla_decode`."""
+    if (lib := chosen(implementation)) is None:
+        return reference.mla_decode(q_BHx, cache, lengths_B, latent, scale, blocks)
+    out_BHL = torch.empty(*q_BHx.shape[:2], latent, dtype=q_BHx.dtype)
+    lib.call(
+        "k2_mla_decode", describe(q_BHx), describe(cache), None if blocks is None else describe(blocks),
+        describe(lengths_B), ctypes.c_int64(latent), ctypes.c_float(scale), describe(out_BHL),
+    )  # fmt: skip
+    return out_BHL
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, implementation: str | None = None) -> Tensor:
+    """x / rms(x) · weight: bf16 [T, D] -> bf16 [T, D]."""
+    if (lib := chosen(implementation)) is None:
+        return reference.rms_norm(x_TD, weight_D, eps)
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    lib.call("k2_rms_norm", describe(x_TD), describe(weight_D), ctypes.c_float(eps), describe(y_TD))
+    return y_TD

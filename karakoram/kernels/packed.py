@@ -1,0 +1,192 @@
+"""Weights in the order in which the kernels read them: panels of 16 outputs, one pass over memory each.
+
+`PackedMatrix` is one matrix, `PackedExperts` the routed experts of a layer, one contiguous record each: gate, up, down. The
+layout is described where it is decoded (`cpu/src/isa/kernels.hpp`); it has a version, takes no more bytes than the checkpoint
+(outputs are padded to 16, inputs to 64, which no released size needs), serves every instruction set, and can be written to
+disk as it is. This file is its plain twin: packing and unpacking in torch, slow and obvious.
+
+Legend: P panels, B blocks of 64 inputs, n output within a panel, g group of 32 within a block, c vector, j pair, b parity.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from karakoram.errors import CheckpointError, FormatError
+from karakoram.formats import fp8_block, int4_group
+
+LAYOUT_VERSION = 1  # K2_LAYOUT_VERSION in karakoram.h
+PANEL, BLOCK = 16, 64
+Kind = Literal["int4", "bf16", "fp8"]
+_BLOCK_BYTES: dict[Kind, int] = {"int4": 576, "bf16": 2 * PANEL * BLOCK, "fp8": PANEL * BLOCK}
+_MAGIC = b"K2PANELS"
+_PAGE = 4096  # records on disk are aligned for O_DIRECT
+
+
+def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
+    """Bytes of a packed matrix [outputs, inputs]."""
+    scales = 4 * -(-outputs // 128) * -(-inputs // 128) if kind == "fp8" else 0
+    return -(-outputs // PANEL) * -(-inputs // BLOCK) * _BLOCK_BYTES[kind] + scales
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """`data` uint8, 64-byte aligned, holds a matrix [outputs, inputs] as panels."""
+
+    data: Tensor
+    kind: Kind
+    outputs: int
+    inputs: int
+
+    def __post_init__(self) -> None:
+        wanted = packed_bytes(self.kind, self.outputs, self.inputs)
+        if self.data.dtype != torch.uint8 or self.data.numel() != wanted or not self.data.is_contiguous():
+            raise FormatError(
+                f"{self.data.numel():,} bytes are no packed {self.kind} matrix [{self.outputs}, {self.inputs}].",
+                f"It takes {wanted:,} contiguous bytes.",
+            )
+
+    def dense(self) -> Tensor:
+        """The weights it means, bf16 [outputs, inputs]."""
+        if self.kind == "int4":
+            codes, scale = unpack_int4(self)
+            return int4_group.dequantize(codes, scale)
+        if self.kind == "bf16":
+            return _unpack_pairs(self.data.view(torch.bfloat16), self.outputs, self.inputs)
+        panels = packed_bytes("bf16", self.outputs, self.inputs) // 2
+        codes = _unpack_pairs(self.data[:panels], self.outputs, self.inputs)
+        scale = self.data[panels:].view(torch.float32).view(-(-self.outputs // 128), -(-self.inputs // 128))
+        return fp8_block.dequantize(codes.view(torch.float8_e4m3fn), scale)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """All routed experts of a layer: `records` uint8 [experts, bytes], each gate [I, D], up [I, D], down [D, I] in int4."""
+
+    records: Tensor
+    hidden: int
+    intermediate: int
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.records.shape[0]
+
+    def parts(self, expert: int) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix]:
+        """Views of one expert's gate, up and down."""
+        wide = packed_bytes("int4", self.intermediate, self.hidden)
+        record, d, i = self.records[expert], self.hidden, self.intermediate
+        return (
+            PackedMatrix(record[:wide], "int4", i, d),
+            PackedMatrix(record[wide : 2 * wide], "int4", i, d),
+            PackedMatrix(record[2 * wide :], "int4", d, i),
+        )
+
+
+def record_bytes(hidden: int, intermediate: int) -> int:
+    """Bytes of one expert's record."""
+    return 2 * packed_bytes("int4", intermediate, hidden) + packed_bytes("int4", hidden, intermediate)
+
+
+def empty_experts(experts: int, hidden: int, intermediate: int) -> PackedExperts:
+    """Room for a layer's experts, to be filled part by part."""
+    records = torch.empty(experts, record_bytes(hidden, intermediate), dtype=torch.uint8)
+    return PackedExperts(records, hidden, intermediate)
+
+
+# ------------------------------------------------------------------------------------------------ plain twins
+
+
+def pack_int4(codes: Tensor, scale: Tensor) -> Tensor:
+    """weight_packed int32 [N, K/8], weight_scale bf16 [N, K/32] -> uint8 panels (twin of k2_pack_int4)."""
+    outputs, groups = scale.shape
+    q = int4_group.unpack(codes, groups * 32) + 8
+    q = F.pad(q, (0, groups % 2 * 32, 0, -outputs % PANEL), value=8).to(torch.int32)
+    scale = F.pad(scale, (0, groups % 2, 0, -outputs % PANEL))
+    if not bool(scale.isfinite().all()):
+        raise FormatError("A scale of an int4 weight is infinite or not a number.", "The checkpoint is damaged.")
+    # input = 64·B + 32·g + 8·c + 2·j + b
+    q_PnBgcjb = q.view(-1, PANEL, q.shape[1] // BLOCK, 2, 4, 4, 2)
+    shift_jb = 4 * torch.arange(4)[:, None] + 16 * torch.arange(2)[None]
+    lanes = (q_PnBgcjb.long() << shift_jb).sum((-2, -1))
+    lanes = (lanes - (lanes >> 31 << 32)).to(torch.int32)  # as two's complement
+    code_bytes = lanes.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8).flatten(2)
+    scale_bytes = scale.view(-1, PANEL, q.shape[1] // BLOCK, 2).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    return torch.cat((code_bytes, scale_bytes.flatten(2)), -1).flatten()
+
+
+def unpack_int4(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
+    """Back to weight_packed int32 [N, K/8] and weight_scale bf16 [N, K/32], bit for bit (twin of k2_unpack_int4)."""
+    blocks = -(-matrix.inputs // BLOCK)
+    data = matrix.data.view(-1, blocks, _BLOCK_BYTES["int4"])
+    lanes = data[..., :512].contiguous().view(torch.int32).view(-1, blocks, 2, 4, PANEL)
+    shift_jb = 4 * torch.arange(4)[:, None] + 16 * torch.arange(2)[None]
+    q = (lanes[..., None, None] >> shift_jb) & 15
+    q = q.permute(0, 4, 1, 2, 3, 5, 6).reshape(-1, blocks * BLOCK)[: matrix.outputs, : matrix.inputs]
+    scale = data[..., 512:].contiguous().view(torch.bfloat16).view(-1, blocks, 2, PANEL).permute(0, 3, 1, 2)
+    scale = scale.reshape(-1, blocks * 2)[: matrix.outputs, : matrix.inputs // 32]
+    return int4_group.pack((q - 8).to(torch.int8).contiguous()), scale.contiguous()
+
+
+def pack_pairs(weight: Tensor) -> Tensor:
+    """bf16 or fp8 codes [N, K] -> the same numbers pair by pair in panels, flat (twin of k2_pack_bf16)."""
+    weight = F.pad(weight, (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % PANEL))
+    return weight.view(-1, PANEL, weight.shape[1] // 2, 2).transpose(1, 2).contiguous().flatten()
+
+
+def _unpack_pairs(data: Tensor, outputs: int, inputs: int) -> Tensor:
+    padded = -(-inputs // BLOCK) * BLOCK
+    pairs = data.view(-1, padded // 2, PANEL, 2).transpose(1, 2).reshape(-1, padded)
+    return pairs[:outputs, :inputs].contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def write_experts(path: Path, layers: Sequence[PackedExperts]) -> None:
+    """Layers of equal shape into one file: a page of JSON, then record after record, each on a page of its own."""
+    first = layers[0]
+    header = {
+        "layout_version": LAYOUT_VERSION, "layers": len(layers), "experts": first.experts,
+        "hidden": first.hidden, "intermediate": first.intermediate,
+    }  # fmt: skip
+    text = _MAGIC + json.dumps(header).encode()
+    padding = bytes(-first.records.shape[1] % _PAGE)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(text.ljust(_PAGE, b"\0"))
+        for layer in layers:
+            for record in layer.records:
+                file.write(record.numpy().data)
+                file.write(padding)
+    os.replace(partial, path)
+
+
+def open_experts(path: Path) -> list[PackedExperts]:
+    """The layers of a file, mapped, not read. Raises CheckpointError for another version, or a file cut short."""
+    with path.open("rb") as file:
+        head = file.read(_PAGE)
+        if not head.startswith(_MAGIC):
+            raise CheckpointError(f"{path} holds no packed experts.", "Load the checkpoint that it was made from.")
+        header = json.loads(head[len(_MAGIC) :].rstrip(b"\0"))
+        if header.get("layout_version") != LAYOUT_VERSION:
+            raise CheckpointError(
+                f"{path} has layout version {header.get('layout_version')}, this program reads {LAYOUT_VERSION}.",
+                "Pack it again from its checkpoint: load_model(checkpoint), then write_experts.",
+            )
+        size = record_bytes(header["hidden"], header["intermediate"])
+        stride = -(-size // _PAGE) * _PAGE
+        wanted = _PAGE + header["layers"] * header["experts"] * stride
+        if os.fstat(file.fileno()).st_size != wanted:
+            raise CheckpointError(f"{path} is not {wanted:,} bytes long: it was cut short.", "Pack it again.")
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+    data = torch.frombuffer(mapped, dtype=torch.uint8)[_PAGE:].view(header["layers"], header["experts"], stride)
+    return [PackedExperts(layer[:, :size], header["hidden"], header["intermediate"]) for layer in data]
