@@ -1,6 +1,7 @@
 """The menu: every operation, its implementations, and how one is chosen.
 
     linear      x · Wᵀ for a packed matrix              int4, bf16, fp8
+    linear_by_head  the same, each head by its own rows  absorbed queries and values
     mlp         SwiGLU with packed matrices              shared experts, dense layers
     moe_int4    the routed experts of a layer            int4
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
@@ -61,7 +62,7 @@ def chosen(implementation: str | None = None) -> Library | None:
 
 @contextmanager
 def using(isa: str | None = None, threads: int | None = None) -> Iterator[str]:
-    """Within it, kernels run on this instruction set and number of threads; gives the set's name. For benches and tests."""
+    """Within it, kernels run on this instruction set and number of threads: for benches and tests. Gives its name."""
     found = chosen("cpu")
     assert found is not None
     before = found.isa, found.threads
@@ -132,7 +133,7 @@ def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Packed
 # ------------------------------------------------------------------------------------------------ operations
 
 
-def _packed(matrix: PackedMatrix):  # noqa: ANN202 - a ctypes structure
+def _packed(matrix: PackedMatrix):
     return describe_packed(matrix.data, matrix.kind, matrix.outputs, matrix.inputs)
 
 
@@ -147,6 +148,17 @@ def linear(
     return y_TN
 
 
+def linear_by_head(
+    x_THK: Tensor, weight: PackedMatrix, outputs: int, first: int = 0, implementation: str | None = None
+) -> Tensor:
+    """Each head by rows of its own: bf16 [T, H, K] -> bf16 [T, H, outputs]; see `reference.linear_by_head`."""
+    if (lib := chosen(implementation)) is None:
+        return reference.linear_by_head(x_THK, weight, outputs, first)
+    y_THN = torch.empty(*x_THK.shape[:2], outputs, dtype=x_THK.dtype)
+    lib.call("k2_linear_by_head", describe(x_THK), _packed(weight), ctypes.c_int64(first), describe(y_THN))
+    return y_THN
+
+
 def mlp(
     x_TD: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix, implementation: str | None = None
 ) -> Tensor:
@@ -158,7 +170,7 @@ def mlp(
     return y_TD
 
 
-def _shared(shared: Iterable[PackedMatrix] | None):  # noqa: ANN202
+def _shared(shared: Iterable[PackedMatrix] | None):
     from karakoram.kernels.cpu.library import TensorDescriptor
 
     return None if shared is None else (TensorDescriptor * 3)(*(_packed(matrix) for matrix in shared))
@@ -190,7 +202,7 @@ def moe_int4(
     return y_TD
 
 
-def _records(experts: PackedExperts):  # noqa: ANN202
+def _records(experts: PackedExperts):
     first, stride = experts.records.data_ptr(), experts.records.stride(0)
     return (ctypes.c_void_p * experts.experts)(*(first + e * stride for e in range(experts.experts)))
 

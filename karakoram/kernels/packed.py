@@ -1,11 +1,13 @@
 """Weights in the order in which the kernels read them: panels of 16 outputs, one pass over memory each.
 
-`PackedMatrix` is one matrix, `PackedExperts` the routed experts of a layer, one contiguous record each: gate, up, down. The
-layout is described where it is decoded (`cpu/src/isa/kernels.hpp`); it has a version, takes no more bytes than the checkpoint
-(outputs are padded to 16, inputs to 64, which no released size needs), serves every instruction set, and can be written to
-disk as it is. This file is its plain twin: packing and unpacking in torch, slow and obvious.
+`PackedMatrix` is one matrix, `PackedExperts` the routed experts of a layer, one contiguous record each: gate, up,
+down. The layout is described where it is decoded (`cpu/src/isa/kernels.hpp`); it has a version, takes no more bytes
+than the checkpoint (outputs are padded to 16, inputs to 64, which no released size needs), serves every instruction
+set, and can be written to disk as it is. This file is its plain twin: packing and unpacking in torch, slow and
+obvious.
 
-Legend: P panels, B blocks of 64 inputs, n output within a panel, g group of 32 within a block, c vector, j pair, b parity.
+Legend: P panels, B blocks of 64 inputs, n output within a panel, g group of 32 within a block, c vector, j pair, b
+parity.
 """
 
 import json
@@ -69,7 +71,7 @@ class PackedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """All routed experts of a layer: `records` uint8 [experts, bytes], each gate [I, D], up [I, D], down [D, I] in int4."""
+    """All routed experts of a layer: `records` uint8 [experts, bytes], each gate [I, D], up [I, D], down [D, I]."""
 
     records: Tensor
     hidden: int

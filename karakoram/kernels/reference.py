@@ -1,6 +1,7 @@
 """The truth: every operation in plain torch, with the signature of its fast twin. Slow, short, float32 inside.
 
-Legend: T tokens, D hidden, I expert width, E experts, K experts per token, H heads, L latent, R rope, S slots of the cache.
+Legend: T tokens, D hidden, I expert width, E experts, K experts per token, H heads, L latent, R rope, S slots of
+the cache.
 """
 
 import torch
@@ -13,6 +14,12 @@ from karakoram.kernels.packed import PackedExperts, PackedMatrix
 def linear(x_TK: Tensor, weight: PackedMatrix, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x · weightᵀ: [T, K] -> [T, N]."""
     return (x_TK.float() @ weight.dense().float().T).to(out_dtype)
+
+
+def linear_by_head(x_THK: Tensor, weight: PackedMatrix, outputs: int, first: int = 0) -> Tensor:
+    """x[t, h] · rowsᵀ, rows first … first + outputs of head h's share of the matrix: [T, H, K] -> [T, H, outputs]."""
+    rows_HNK = weight.dense().float().unflatten(0, (x_THK.shape[1], -1))[:, first : first + outputs]
+    return torch.einsum("thk,hnk->thn", x_THK.float(), rows_HNK).to(x_THK.dtype)
 
 
 def mlp(x_TD: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> Tensor:

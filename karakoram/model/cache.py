@@ -32,7 +32,10 @@ class Cache(Protocol):
 
 
 class LatentCache:
-    """Contiguous memory for `batch` rows of `capacity` tokens; 2 · (L + R) bytes per token and layer in bfloat16."""
+    """Contiguous memory for `batch` rows of `capacity` tokens; 2 · (L + R) bytes per token and layer in bfloat16.
+
+    rows  [layers, B, S, L + R]: a token's latent and rope key lie side by side, so that decoding reads one stretch
+    """
 
     def __init__(
         self,
@@ -42,18 +45,17 @@ class LatentCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        shape = (config.num_hidden_layers, batch, capacity)
+        self.latent, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
         self.capacity, self.length = capacity, 0
-        self.latents = torch.zeros(*shape, config.kv_lora_rank, device=device, dtype=dtype)
-        self.rope_keys = torch.zeros(*shape, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.rows = torch.zeros(config.num_hidden_layers, batch, capacity, width, device=device, dtype=dtype)
 
     def append(
         self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Cache.append`. Raises InputError past the capacity, or for another number of rows than the cache has."""
-        if positions_BT.shape[0] != self.latents.shape[1]:
+        if positions_BT.shape[0] != self.rows.shape[1]:
             raise InputError(
-                f"{positions_BT.shape[0]} rows do not fit a latent cache of {self.latents.shape[1]}.",
+                f"{positions_BT.shape[0]} rows do not fit a latent cache of {self.rows.shape[1]}.",
                 "Make the cache with `new_cache(batch=…)` for as many rows as the token ids have.",
             )
         used = int(positions_BT.max()) + 1
@@ -63,13 +65,13 @@ class LatentCache:
                 "Make the cache larger or the prompt shorter.",
             )
         # every layer sees the same positions; the last one ends the pass, so that `length` is steady during it
-        if layer == self.latents.shape[0] - 1:
+        if layer == self.rows.shape[0] - 1:
             self.length = max(self.length, used)
-        rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        self.latents[layer][rows_B1, positions_BT] = latent_BTL.to(self.latents.dtype)
-        self.rope_keys[layer][rows_B1, positions_BT] = rope_key_BTR.to(self.rope_keys.dtype)
-        return self.latents[layer, :, :used], self.rope_keys[layer, :, :used]
+        batch_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        rows_BSx = self.rows[layer]
+        rows_BSx[batch_B1, positions_BT] = torch.cat((latent_BTL, rope_key_BTR), -1).to(rows_BSx.dtype)
+        return rows_BSx[:, :used, : self.latent], rows_BSx[:, :used, self.latent :]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all batch rows but these (a finished sequence leaves the batch)."""
-        self.latents, self.rope_keys = self.latents[:, rows], self.rope_keys[:, rows]
+        self.rows = self.rows[:, rows]

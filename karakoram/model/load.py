@@ -1,7 +1,8 @@
 """From a checkpoint to a running model: each tensor is read, decoded to the model's dtype, and put in its place.
 
-Whatever the file holds (bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go
-into their layer's stacks one by one. Peak memory is the model and one tensor.
+An int4 checkpoint stays what it is on a CPU with kernels (`model.packed`). In every other case, whatever the file holds
+(bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go into their layer's stacks
+one by one. Peak memory is the model and one tensor.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from karakoram.checkpoint import Checkpoint, open_checkpoint
 from karakoram.env import bundled_model_dir, memory
 from karakoram.errors import CheckpointError, InputError
+from karakoram.model.packed import can_run_packed, load_packed
 from karakoram.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -22,11 +24,13 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "bfloat16",
     allow_config_keys: tuple[str, ...] = (),
+    dense: bool = False,
 ) -> Transformer:
     """Load a K2-shaped checkpoint for inference; None is the bundled nano.
 
-    dtype is bfloat16 or float32. Raises CheckpointError (missing or damaged files, too little memory), ConfigError
-    (another architecture, unknown settings), InputError (device or dtype that is not there).
+    dtype is bfloat16 or float32; dense decodes int4 weights even where kernels could use them as they are. Raises
+    CheckpointError (missing or damaged files, too little memory), ConfigError (another architecture, unknown settings),
+    InputError (device or dtype that is not there).
     """
     wanted = _dtype(dtype)
     place = _device(device)
@@ -34,7 +38,13 @@ def load_model(
     checkpoint = open_checkpoint(source, allow_config_keys)
     checkpoint.check()
     model = Transformer(checkpoint.config, device="meta", dtype=wanted)
-    _refuse_too_large(model, place, checkpoint.dir)
+    if not dense and can_run_packed(checkpoint, place, wanted):
+        _refuse_too_large(stored_bytes(checkpoint), wanted, place, checkpoint.dir)
+        load_packed(model, checkpoint)
+        return model.eval().requires_grad_(False)
+    _refuse_too_large(
+        sum(t.numel() * t.element_size() for t in model.state_dict().values()), wanted, place, checkpoint.dir
+    )
     model.to_empty(device=place)
     fill(model, checkpoint)
     return model.eval().requires_grad_(False)
@@ -75,12 +85,16 @@ def _device(device: str | torch.device) -> torch.device:
     raise InputError(f"A model cannot be loaded to device {str(device)!r}.", f"Choose one of {', '.join(DEVICES)}.")
 
 
-def _refuse_too_large(model: Transformer, place: torch.device, source: Path) -> None:
-    needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors that belong to the model."""
+    return sum(entry.nbytes for entry in checkpoint.tensors.values())
+
+
+def _refuse_too_large(needed: int, dtype: torch.dtype, place: torch.device, source: Path) -> None:
     available = memory().available_bytes if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
     if available is not None and needed > available:
         raise CheckpointError(
-            f"{source} needs {needed / 1e9:,.1f} GB as {model.dtype}, but only {available / 1e9:,.1f} GB are free "
+            f"{source} needs {needed / 1e9:,.1f} GB as {dtype}, but only {available / 1e9:,.1f} GB are free "
             f"on {place}.",
             "Take a smaller model; `k2 inspect` tells what a checkpoint needs.",
         )

@@ -85,12 +85,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.model.embed_tokens.weight.dtype
+        return self.model.norm.weight.dtype
 
     def forward(
         self,
@@ -135,8 +135,9 @@ class Transformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Normed hidden states -> float32 logits."""
-        head_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x_BTD, head_VD).float()
+        if self.lm_head is None:
+            return F.linear(x_BTD, self.model.embed_tokens.weight).float()
+        return self.lm_head(x_BTD).float()
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> LatentCache:
         """An empty latent cache in the model's dtype, by default for the whole declared context."""

@@ -1,10 +1,10 @@
 """The C++ library: built on first use, loaded, and told about tensors.
 
-Every source file is compiled by itself, those of `isa/` with their own `-m` flags, and linked into one shared library in the
-user's cache folder. Its name carries a hash of sources, flags and compiler, so a change of any builds anew and two programs
-that build at once write two files of which the second replaces the first, whole. Which instruction set runs is decided by
-the library, not here. Without a compiler, or where building fails, there is no library: the reference serves, and
-`k2 doctor` says so.
+Every source file is compiled by itself, those of `isa/` with their own `-m` flags, and linked into one shared library
+in the user's cache folder. Its name carries a hash of sources, flags and compiler, so a change of any builds anew and
+two programs that build at once write two files of which the second replaces the first, whole. Which instruction set
+runs is decided by the library, not here. Without a compiler, or where building fails, there is no library: the
+reference serves, and `k2 doctor` says so.
 """
 
 import ctypes

@@ -70,6 +70,10 @@ k2_status k2_pack_fp8(const k2_tensor* weight, const k2_tensor* scale, k2_tensor
 // y[T, N] = x[T, K] · weight[N, K]ᵀ; x bf16, y bf16 or f32.
 k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y);
 
+// The same head by head: y[T, H, outputs] = x[T, H, K] · Wₕᵀ, where Wₕ are `outputs` rows of the packed matrix that begin
+// at h · (rows of the matrix / H) + first. All of these are multiples of 16. x bf16, y bf16.
+k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t first, k2_tensor* y);
+
 // down(silu(gate(x)) · up(x)): x bf16 [T, D], y bf16 or f32 [T, D].
 k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y);
 

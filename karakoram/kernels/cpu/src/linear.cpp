@@ -74,6 +74,46 @@ k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
   return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
 }
 
+k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t first, k2_tensor* y) {
+  Matrix m;
+  K2_TRY(check_tensor("x", x, K2_BF16, 3));
+  K2_TRY(as_matrix("weight", weight, &m));
+  K2_TRY(check_tensor("y", y, K2_BF16, 3));
+  const int64_t rows = x->shape[0], heads = x->shape[1], outputs = y->shape[2];
+  if (heads < 1 || x->shape[2] != m.inputs || m.outputs % heads || y->shape[0] != rows || y->shape[1] != heads)
+    return fail(K2_BAD_SHAPE, "x, weight and y do not fit each other head by head");
+  const int64_t each = m.outputs / heads;
+  if (each % kPanel || first % kPanel || outputs % kPanel || first < 0 || outputs < 1 || first + outputs > each)
+    return fail(K2_BAD_SHAPE, "rows %lld to %lld of a head of %lld are no whole panels", static_cast<long long>(first),
+                static_cast<long long>(first + outputs), static_cast<long long>(each));
+  if (!rows) return K2_OK;
+  const Kernels& k = kernels();
+  const int64_t ldx = round_up(m.inputs, kBlock), a = k.activation_bytes;
+  Block in(allocate(static_cast<size_t>(rows * heads * ldx * a)));
+  if (!in) return fail(K2_NO_MEMORY, "no memory for %lld rows of activations", static_cast<long long>(rows));
+  for (int64_t r = 0; r < rows; r++) {
+    const uint16_t* row = static_cast<const uint16_t*>(x->data) + r * x->strides[0];
+    const k2_tensor of_row{const_cast<uint16_t*>(row), K2_BF16, 2, {heads, m.inputs}, {x->strides[1], 1}};
+    load_rows(k, of_row, nullptr, heads, static_cast<char*>(in.get()) + r * heads * ldx * a, ldx);
+  }
+  const int64_t pairs = (outputs / kPanel + 1) / 2;
+  std::atomic<bool> good{true};
+  parallel(heads * pairs, [&](int64_t item, int) {
+    const int64_t h = item / pairs, panel = item % pairs * 2, at = (h * each + first) / kPanel + panel;
+    const int count = panel + 1 < outputs / kPanel ? 2 : 1;
+    float* out = static_cast<float*>(thread_scratch(1, static_cast<size_t>(rows * 32 * 4)));
+    const Side sides[2] = {{&m, at}, {&m, at + 1}};
+    if (!out || !multiply(k, rows, static_cast<char*>(in.get()) + h * ldx * a, heads * ldx, sides, count, out, 32)) {
+      good = false;
+      return;
+    }
+    for (int64_t r = 0; r < rows; r++)
+      k.store_bf16(out + 32 * r, kPanel * count,
+                   static_cast<uint16_t*>(y->data) + r * y->strides[0] + h * y->strides[1] + panel * kPanel);
+  });
+  return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
+}
+
 k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y) {
   FeedForward job;
   K2_TRY(check_tensor("x", x, K2_BF16, 2));
