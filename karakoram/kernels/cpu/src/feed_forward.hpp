@@ -17,7 +17,7 @@ struct FeedForward {  // down(silu(gate(x)) · up(x)) for `rows` rows
   int64_t ldo = 0;
   const int64_t* place = nullptr;
 
-  int64_t ldh() const { return round_up(gate.outputs, kBlock); }
+  int64_t ldh() const { return row_stride(gate.outputs); }
 };
 
 bool run(const Kernels& k, const std::vector<FeedForward>& jobs);

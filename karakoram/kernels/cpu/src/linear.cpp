@@ -58,10 +58,12 @@ k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
   K2_TRY(check_y(y, x->shape[0], m.outputs));
   if (!x->shape[0]) return K2_OK;
   const Kernels& k = kernels();
-  const int64_t ldx = round_up(m.inputs, kBlock);
+  int64_t ldx = x->strides[0];
   const void* in = x->data;
   Block copy;
-  if (k.activation_bytes != 2 || ldx != m.inputs || x->strides[0] != ldx) {
+  const bool as_it_is = k.activation_bytes == 2 && m.inputs % kBlock == 0 && x->shape[0] <= k.gemv_rows;
+  if (!as_it_is) {
+    ldx = row_stride(m.inputs);
     copy.reset(allocate(static_cast<size_t>(x->shape[0] * ldx * k.activation_bytes)));
     if (!copy) return fail(K2_NO_MEMORY, "no memory for %lld rows of activations", static_cast<long long>(x->shape[0]));
     load_rows(k, *x, nullptr, x->shape[0], copy.get(), ldx);
@@ -127,7 +129,7 @@ k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up,
   const Kernels& k = kernels();
   job.rows = x->shape[0];
   if (!job.rows) return K2_OK;
-  job.ldx = round_up(x->shape[1], kBlock);
+  job.ldx = row_stride(x->shape[1]);
   job.ldo = job.down.outputs;
   Block in(allocate(static_cast<size_t>(job.rows * job.ldx * k.activation_bytes)));
   Block h(allocate(static_cast<size_t>(job.rows * job.ldh() * k.activation_bytes)));

@@ -29,7 +29,7 @@ k2_status as_matrix(const char* name, const k2_tensor* tensor, Matrix* out) {
   return K2_OK;
 }
 
-static void few_rows(const Kernels& k, int rows, const void* x, int64_t ldx, const Side& side, float* out, int64_t ldo) {
+static void few_rows(const Kernels& k, int64_t rows, const void* x, int64_t ldx, const Side& side, float* out, int64_t ldo) {
   const Matrix& m = *side.matrix;
   if (m.dtype == K2_INT4_PANELS)
     k.gemv_int4(rows, x, ldx, m.panel(side.panel), m.blocks(), out, ldo);
@@ -52,7 +52,7 @@ bool multiply(const Kernels& k, int64_t rows, const void* x, int64_t ldx, const 
               int64_t ldo) {
   const bool decoded_on_the_fly = sides[0].matrix->dtype != K2_FP8_PANELS;
   if (rows <= k.gemv_rows && decoded_on_the_fly) {
-    for (int i = 0; i < count; i++) few_rows(k, static_cast<int>(rows), x, ldx, sides[i], out + kPanel * i, ldo);
+    for (int i = 0; i < count; i++) few_rows(k, rows, x, ldx, sides[i], out + kPanel * i, ldo);
     return true;
   }
   const int64_t stride = kStretch * kBlock * kPanel;  // activations in the tile of one panel

@@ -7,6 +7,10 @@ namespace k2 {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Activations from one row to the next: padded to the block, and half a cache line off a power of two: rows 4 KB apart
+// would fight for the same few places of the first-level cache.
+inline int64_t row_stride(int64_t width) { return round_up(width, kBlock) + kBlock / 2; }
+
 struct Matrix {  // packed [outputs, inputs]
   const uint8_t* data = nullptr;
   int32_t dtype = K2_INT4_PANELS;

@@ -24,8 +24,8 @@ struct k2_moe {
   float* partial = nullptr;       // [tokens · slots, hidden]
   const Kernels* kernels = nullptr;
 
-  int64_t ldx() const { return round_up(hidden, kBlock); }
-  int64_t ldh() const { return round_up(intermediate, kBlock); }
+  int64_t ldx() const { return row_stride(hidden); }
+  int64_t ldh() const { return row_stride(intermediate); }
   int64_t rows() const { return tokens * slots; }
   ~k2_moe() {
     free(in);
@@ -187,7 +187,7 @@ k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor
   if (!m->in || !m->h || !m->partial)
     return fail(K2_NO_MEMORY, "no memory for %lld tokens in %lld slots", static_cast<long long>(m->tokens),
                 static_cast<long long>(m->slots));
-  if (m->ldh() != m->intermediate) memset(m->h, 0, m->rows() * m->ldh() * activation);
+  if (m->intermediate % kBlock) memset(m->h, 0, m->rows() * m->ldh() * activation);
   load_rows(*m->kernels, m->x, m->token.data(), m->rows(), m->in, m->ldx());
   *handle = m.release();
   return K2_OK;

@@ -7,6 +7,8 @@
 namespace k2 {
 namespace {
 
+constexpr int64_t kAhead = 4096;  // bytes: where a panel will be read some 150 ns later
+
 inline __m512bh as_bf16(__m512i v) { return (__m512bh)v; }
 
 inline __m512bh pair_of(const uint16_t* x) {  // two neighbouring inputs in every lane
@@ -32,33 +34,41 @@ inline __m512i code_words() {
 }
 
 // Weights are multiplied as plain codes, which bf16 holds exactly; a group's sum is scaled once, in float32.
+template <int C>
+inline __m512 sum_of(const __m512 (&part)[C]) {
+  if constexpr (C == 4) return _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+  else return _mm512_add_ps(part[0], part[1]);
+}
+
 template <int R>
 void gemv_int4_bf16_rows(const uint16_t* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo) {
+  constexpr int kChains = R <= 4 ? 4 : 2;  // dpbf16 takes some six cycles: with few rows, more sums must be under way
   const __m512i table = code_words();
   __m512 sum[R];
   for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
   for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes, x += kBlock) {
 #pragma GCC unroll 9
-    for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel + 4096 + 64 * line), _MM_HINT_T0);
+    for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + 64 * line), _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int group = 0; group < 2; group++) {
-      __m512 part[R][4];
+      __m512 part[R][kChains];
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c < kChains; c++) part[r][c] = _mm512_setzero_ps();
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) {
         const __m512i lanes = _mm512_loadu_si512(panel + 256 * group + 64 * c);
         const uint16_t* in = x + kGroup * group + 8 * c;
-        for (int r = 0; r < R; r++) part[r][c] = _mm512_setzero_ps();
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
           const __m512bh w = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi32(lanes, 4 * j), table));
-          for (int r = 0; r < R; r++) part[r][c] = _mm512_dpbf16_ps(part[r][c], w, pair_of(in + r * ldx + 2 * j));
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++)
+            part[r][c % kChains] = _mm512_dpbf16_ps(part[r][c % kChains], w, pair_of(in + r * ldx + 2 * j));
         }
       }
       const __m512 scale = (__m512)widen_bf16(reinterpret_cast<const uint16_t*>(panel + 512 + 32 * group));
-      for (int r = 0; r < R; r++) {
-        const __m512 whole = _mm512_add_ps(_mm512_add_ps(part[r][0], part[r][1]), _mm512_add_ps(part[r][2], part[r][3]));
-        sum[r] = _mm512_fmadd_ps(whole, scale, sum[r]);
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r] = _mm512_fmadd_ps(sum_of(part[r]), scale, sum[r]);
     }
   }
   for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * ldo, sum[r]);
@@ -70,10 +80,10 @@ void gemv_bf16_bf16_rows(const uint16_t* x, int64_t ldx, const uint16_t* panel, 
   for (int r = 0; r < R; r++)
     for (int c = 0; c < 4; c++) sum[r][c] = _mm512_setzero_ps();
   for (int64_t i = 0; i < blocks * kBlock; i += 8, panel += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + 4096, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + 4160, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + 4224, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + 4288, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 64, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 128, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 192, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
       const __m512bh w = as_bf16(_mm512_loadu_si512(panel + 32 * c));
@@ -84,8 +94,8 @@ void gemv_bf16_bf16_rows(const uint16_t* x, int64_t ldx, const uint16_t* panel, 
     _mm512_storeu_ps(out + r * ldo, _mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3])));
 }
 
-K2_BY_ROWS(gemv_int4_bf16, uint16_t, uint8_t)
-K2_BY_ROWS(gemv_bf16_bf16, uint16_t, uint16_t)
+K2_BY_ROWS(gemv_int4_bf16, 8, uint16_t, uint8_t)
+K2_BY_ROWS(gemv_bf16_bf16, 4, uint16_t, uint16_t)
 
 inline __m512i interleaving() {  // words of the low half and of the high half, in turn
   alignas(64) uint16_t words[32];
@@ -146,12 +156,17 @@ void gemm_bf16_rows(const uint16_t* a, int64_t lda, const uint16_t* tiles, int64
 template <int P>
 void gemm_bf16_panels(int64_t rows, const uint16_t* a, int64_t lda, const uint16_t* tiles, int64_t stride, int64_t k,
                       float* c, int64_t ldc, bool add) {
-  int64_t r = 0;
-  for (; r + 12 <= rows; r += 12)
-    gemm_bf16_rows<12, P>(a + r * lda, lda, tiles, stride, k, c + r * ldc, ldc, add);
-  for (; r + 4 <= rows; r += 4)
-    gemm_bf16_rows<4, P>(a + r * lda, lda, tiles, stride, k, c + r * ldc, ldc, add);
-  for (; r < rows; r++) gemm_bf16_rows<1, P>(a + r * lda, lda, tiles, stride, k, c + r * ldc, ldc, add);
+  for (int64_t steps = (rows + 11) / 12; steps > 0; steps--) {  // as evenly as they come: 13 rows are 7 and 6
+    const int64_t here = (rows + steps - 1) / steps;
+    switch (here) {
+#define K2_CASE(R) \
+  case R: gemm_bf16_rows<R, P>(a, lda, tiles, stride, k, c, ldc, add); break;
+      K2_CASE(1) K2_CASE(2) K2_CASE(3) K2_CASE(4) K2_CASE(5) K2_CASE(6)
+      K2_CASE(7) K2_CASE(8) K2_CASE(9) K2_CASE(10) K2_CASE(11) K2_CASE(12)
+#undef K2_CASE
+    }
+    rows -= here, a += here * lda, c += here * ldc;
+  }
 }
 
 void gemm_bf16(int64_t rows, const void* a, int64_t lda, const void* tiles, int64_t stride, int panels, int64_t k, float* c,
@@ -196,6 +211,7 @@ void tile_values_bf16(const uint16_t* const* rows, int64_t tokens, int64_t padde
 Kernels bf16_kernels(const char* name) {
   Kernels kernels = portable_kernels(name);
   kernels.activation_bytes = 2;
+  kernels.gemv_rows = 24;  // decoding to a tile costs as much as some nine rows of products
   kernels.load = load_bf16;
   kernels.gemv_int4 = gemv_int4_bf16;
   kernels.gemv_bf16 = gemv_bf16_bf16;

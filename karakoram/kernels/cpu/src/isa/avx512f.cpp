@@ -43,7 +43,7 @@ void gemv_int4_lookup_rows(const float* x, int64_t ldx, const uint8_t* panel, in
   for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * ldo, sum[r]);
 }
 
-K2_BY_ROWS(gemv_int4_lookup, float, uint8_t)
+K2_BY_ROWS(gemv_int4_lookup, 4, float, uint8_t)
 
 Kernels table() {
   Kernels kernels = portable_kernels("avx512f");

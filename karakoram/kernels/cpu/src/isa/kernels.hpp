@@ -20,18 +20,17 @@ constexpr int64_t kPanel = 16;
 constexpr int64_t kGroup = 32;
 constexpr int64_t kBlock = 64;             // inputs are padded to a multiple of this
 constexpr int64_t kInt4BlockBytes = 576;   // 16 outputs × 64 inputs × 4.5 bits: nine cache lines
-constexpr int kMaxGemvRows = 8;
 
 struct Kernels {
   const char* name;
   int activation_bytes;  // of an input: 2 = bf16, 4 = float32
-  int gemv_rows;         // up to so many rows, weights are multiplied as they are decoded; more rows go through tiles
+  int64_t gemv_rows;     // up to so many rows, weights are multiplied as they are decoded; more rows go through tiles
 
   // bf16 -> activations
   void (*load)(const uint16_t* x, int64_t n, void* out);
-  // out[r][0..15] = Σ_k x[r][k] · w[k][0..15] for rows ≤ kMaxGemvRows; x has `ldx` activations per row
-  void (*gemv_int4)(int rows, const void* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo);
-  void (*gemv_bf16)(int rows, const void* x, int64_t ldx, const uint16_t* panel, int64_t blocks, float* out, int64_t ldo);
+  // out[r][0..15] = Σ_k x[r][k] · w[k][0..15]; x has `ldx` activations per row
+  void (*gemv_int4)(int64_t rows, const void* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo);
+  void (*gemv_bf16)(int64_t rows, const void* x, int64_t ldx, const uint16_t* panel, int64_t blocks, float* out, int64_t ldo);
   // `blocks` blocks of 64 inputs -> tile
   void (*tile_int4)(const uint8_t* panel, int64_t blocks, void* tile);
   void (*tile_bf16)(const uint16_t* panel, int64_t blocks, void* tile);

@@ -139,20 +139,29 @@ void gemv_bf16_rows(const float* x, int64_t ldx, const uint16_t* panel, int64_t 
   for (int r = 0; r < R; r++) store_vector(out + r * ldo, sum[r][0] + sum[r][1]);
 }
 
-#define K2_BY_ROWS(function, type, weights)                                                                             \
-  void function(int rows, const void* x, int64_t ldx, const weights* panel, int64_t blocks, float* out, int64_t ldo) {  \
+// `most` rows at a time, as evenly as they come: 9 rows in steps of at most 8 are 5 and 4.
+#define K2_BY_ROWS(function, most, type, weights)                                                                       \
+  void function(int64_t rows, const void* x, int64_t ldx, const weights* panel, int64_t blocks, float* out,            \
+                int64_t ldo) {                                                                                          \
     const type* in = static_cast<const type*>(x);                                                                       \
-    for (; rows > 4; rows -= 4, in += 4 * ldx, out += 4 * ldo) function##_rows<4>(in, ldx, panel, blocks, out, ldo);    \
-    switch (rows) {                                                                                                     \
-      case 1: return function##_rows<1>(in, ldx, panel, blocks, out, ldo);                                              \
-      case 2: return function##_rows<2>(in, ldx, panel, blocks, out, ldo);                                              \
-      case 3: return function##_rows<3>(in, ldx, panel, blocks, out, ldo);                                              \
-      case 4: return function##_rows<4>(in, ldx, panel, blocks, out, ldo);                                              \
+    for (int64_t steps = (rows + most - 1) / most; steps > 0; steps--) {                                                \
+      const int64_t here = (rows + steps - 1) / steps;                                                                  \
+      switch (here) {                                                                                                   \
+        case 1: function##_rows<1>(in, ldx, panel, blocks, out, ldo); break;                                            \
+        case 2: function##_rows<2>(in, ldx, panel, blocks, out, ldo); break;                                            \
+        case 3: function##_rows<3>(in, ldx, panel, blocks, out, ldo); break;                                            \
+        case 4: function##_rows<4>(in, ldx, panel, blocks, out, ldo); break;                                            \
+        case 5: function##_rows<most < 5 ? 1 : 5>(in, ldx, panel, blocks, out, ldo); break;                             \
+        case 6: function##_rows<most < 6 ? 1 : 6>(in, ldx, panel, blocks, out, ldo); break;                             \
+        case 7: function##_rows<most < 7 ? 1 : 7>(in, ldx, panel, blocks, out, ldo); break;                             \
+        case 8: function##_rows<most < 8 ? 1 : 8>(in, ldx, panel, blocks, out, ldo); break;                             \
+      }                                                                                                                 \
+      rows -= here, in += here * ldx, out += here * ldo;                                                                \
     }                                                                                                                   \
   }
 
-K2_BY_ROWS(gemv_int4, float, uint8_t)
-K2_BY_ROWS(gemv_bf16, float, uint16_t)
+K2_BY_ROWS(gemv_int4, 4, float, uint8_t)
+K2_BY_ROWS(gemv_bf16, 4, float, uint16_t)
 
 // ------------------------------------------------------------------------------------------------ tiles, float32
 
@@ -214,10 +223,22 @@ void gemm_f32_rows(const float* a, int64_t lda, const float* tiles, int64_t stri
 template <int P>
 void gemm_f32_panels(int64_t rows, const float* a, int64_t lda, const float* tiles, int64_t stride, int64_t k, float* c,
                      int64_t ldc, bool add) {
-  int64_t r = 0;
-  for (; r + K2_TILE_ROWS <= rows; r += K2_TILE_ROWS)
-    gemm_f32_rows<K2_TILE_ROWS, P>(a + r * lda, lda, tiles, stride, k, c + r * ldc, ldc, add);
-  for (; r < rows; r++) gemm_f32_rows<1, P>(a + r * lda, lda, tiles, stride, k, c + r * ldc, ldc, add);
+  for (int64_t steps = (rows + K2_TILE_ROWS - 1) / K2_TILE_ROWS; steps > 0; steps--) {
+    const int64_t here = (rows + steps - 1) / steps;
+    switch (here) {
+#define K2_CASE(R) \
+  case R: gemm_f32_rows<R, P>(a, lda, tiles, stride, k, c, ldc, add); break;
+      K2_CASE(1) K2_CASE(2) K2_CASE(3) K2_CASE(4)
+#if K2_TILE_ROWS > 4
+      K2_CASE(5) K2_CASE(6)
+#endif
+#if K2_TILE_ROWS > 6
+      K2_CASE(7) K2_CASE(8) K2_CASE(9) K2_CASE(10) K2_CASE(11) K2_CASE(12)
+#endif
+#undef K2_CASE
+    }
+    rows -= here, a += here * lda, c += here * ldc;
+  }
 }
 
 void gemm_f32(int64_t rows, const void* a, int64_t lda, const void* tiles, int64_t stride, int panels, int64_t k, float* c,
@@ -316,7 +337,7 @@ uint64_t read_words(const uint64_t* words, int64_t n) {
 }
 
 constexpr Kernels portable_kernels(const char* name) {
-  return Kernels{name,        4,         kMaxGemvRows, load_f32,   gemv_int4, gemv_bf16,      tile_int4_f32,
+  return Kernels{name,        4,         8,            load_f32,   gemv_int4, gemv_bf16,      tile_int4_f32,
                  tile_bf16_f32, tile_fp8_f32, gemm_f32, silu_mul_f32, axpy,   store_bf16,     softmax,
                  turn_f32,    tile_values_f32, scale_rows, rms_norm, read_words};
 }
