@@ -1,6 +1,6 @@
 """From a checkpoint to a running model: each tensor is read, decoded to the model's dtype, and put in its place.
 
-An int4 checkpoint stays what it is on a CPU with kernels (`model.packed`). In every other case, whatever the file holds
+An int4 checkpoint stays what it is on a CPU with kernels (`model/packed/`). In every other case, whatever the file has
 (bf16, fp8 blocks, int4 groups), the model holds dense weights of one dtype; routed experts go into their layer's stacks
 one by one. Peak memory is the model and one tensor.
 """
@@ -12,7 +12,7 @@ import torch
 from karakoram.checkpoint import Checkpoint, open_checkpoint
 from karakoram.env import bundled_model_dir, memory
 from karakoram.errors import CheckpointError, InputError
-from karakoram.model.packed import can_run_packed, load_packed
+from karakoram.model.packed.assemble import CheckpointWeights, assemble, can_run_packed
 from karakoram.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -40,7 +40,7 @@ def load_model(
     model = Transformer(checkpoint.config, device="meta", dtype=wanted)
     if not dense and can_run_packed(checkpoint, place, wanted):
         _refuse_too_large(stored_bytes(checkpoint), wanted, place, checkpoint.dir)
-        load_packed(model, checkpoint)
+        assemble(model, CheckpointWeights(checkpoint))
         return model.eval().requires_grad_(False)
     _refuse_too_large(
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), wanted, place, checkpoint.dir

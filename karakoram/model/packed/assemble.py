@@ -1,0 +1,162 @@
+"""Packed modules in the places of plain ones, each weight in the format that its source holds it in.
+
+Legend: H heads, N nope, V value, L latent.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from karakoram.checkpoint import Checkpoint
+from karakoram.checkpoint.names import PROJECTIONS
+from karakoram.config import ModelConfig
+from karakoram.kernels import ops
+from karakoram.kernels.packed import PackedMatrix, empty_experts
+from karakoram.model.attention import LatentAttention
+from karakoram.model.moe import MixtureOfExperts
+from karakoram.model.packed.modules import (
+    Int4Experts,
+    PackedAttention,
+    PackedEmbedding,
+    PackedFeedForward,
+    PackedLinear,
+    PackedNorm,
+)
+from karakoram.model.transformer import Transformer
+
+
+def can_run_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a checkpoint's experts are int4 and the kernels are there for this device and dtype."""
+    c = checkpoint.config
+    if device.type != "cpu" or dtype != torch.bfloat16 or c.first_k_dense_replace >= c.num_hidden_layers:
+        return False
+    first = f"model.layers.{c.first_k_dense_replace}.mlp.experts.0.gate_proj.weight"
+    sixteen = all(n % 16 == 0 for n in (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank))  # heads begin with a panel
+    return checkpoint.format_of(first) == "int4" and sixteen and ops.chosen() is not None
+
+
+class Weights(Protocol):
+    """Where packed weights come from: a checkpoint, or chance (`k2 bench model`)."""
+
+    def plain(self, name: str, like: Tensor) -> Tensor:
+        """A norm, a router's weight or bias: in the shape and dtype of `like`."""
+        ...
+
+    def table(self, name: str, like: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The embedding: bf16 [V, D], or int4 codes and scales."""
+        ...
+
+    def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
+        """A projection as panels, in the bytes `out` if given."""
+        ...
+
+    def dense(self, name: str, like: Tensor) -> Tensor:
+        """A projection as bf16 [outputs, inputs]."""
+        ...
+
+
+class CheckpointWeights:
+    """Each weight in the format that the checkpoint holds it in."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def plain(self, name: str, like: Tensor) -> Tensor:
+        """See `Weights`."""
+        return self.checkpoint.read(name).to(like.dtype)
+
+    def table(self, name: str, like: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """See `Weights`."""
+        if self.checkpoint.format_of(name) == "int4":
+            return self._int4_parts(name)
+        return self.checkpoint.read_weight(name, like.dtype)
+
+    def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
+        """See `Weights`; the checkpoint's shapes have been checked."""
+        match self.checkpoint.format_of(name):
+            case "int4":
+                return ops.pack_int4(*self._int4_parts(name), out)
+            case "fp8":
+                return ops.pack_fp8(self.checkpoint.read(name), self.checkpoint.read(f"{name}_scale_inv"), out)
+            case _:
+                return ops.pack_bf16(self.dense(name, torch.empty(0)), out)
+
+    def dense(self, name: str, like: Tensor) -> Tensor:
+        """See `Weights`."""
+        return self.checkpoint.read_weight(name, torch.bfloat16)
+
+    def _int4_parts(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.checkpoint.read(f"{name}_packed"), self.checkpoint.read(f"{name}_scale").to(torch.bfloat16)
+
+
+@torch.no_grad()
+def assemble(model: Transformer, weights: Weights) -> None:
+    """Fill a model on the meta device with packed weights, one by one; peak memory is the model and one expert."""
+    c = model.config
+    table, head = model.model.embed_tokens.weight, "lm_head.weight"
+    name = "model.embed_tokens.weight"
+    rows = weights.table(name, table)
+    if isinstance(rows, Tensor):
+        model.model.embed_tokens.weight = nn.Parameter(rows, requires_grad=False)
+    else:
+        model.model.embed_tokens = PackedEmbedding(*rows)
+    model.lm_head = PackedLinear(weights.matrix(name if c.tie_word_embeddings else head, *table.shape), torch.float32)
+    model.model.norm = _norm(model.model.norm, weights, "model.norm")
+    for number, layer in enumerate(model.model.layers):
+        stem = f"model.layers.{number}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            setattr(layer, norm, _norm(getattr(layer, norm), weights, f"{stem}.{norm}"))
+        _pack_attention(layer.self_attn, weights, f"{stem}.self_attn")
+        if number < c.first_k_dense_replace:
+            layer.mlp = PackedFeedForward(*_triple(weights, f"{stem}.mlp", c.hidden_size, c.intermediate_size))
+        else:
+            _pack_mixture(layer.mlp, weights, f"{stem}.mlp", c)
+
+
+def _norm(norm: nn.Module, weights: Weights, name: str) -> PackedNorm:
+    return PackedNorm(weights.plain(f"{name}.weight", norm.weight), norm.eps)  # pyright: ignore[reportArgumentType]
+
+
+Triple = tuple[PackedMatrix, PackedMatrix, PackedMatrix]
+
+
+def _triple(weights: Weights, stem: str, hidden: int, inner: int) -> Triple:
+    return (
+        weights.matrix(f"{stem}.gate_proj.weight", inner, hidden),
+        weights.matrix(f"{stem}.up_proj.weight", inner, hidden),
+        weights.matrix(f"{stem}.down_proj.weight", hidden, inner),
+    )
+
+
+def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig) -> None:
+    gate = mixture.gate
+    gate.weight = nn.Parameter(weights.plain(f"{stem}.gate.weight", gate.weight), requires_grad=False)
+    bias = "e_score_correction_bias"
+    gate.e_score_correction_bias = weights.plain(f"{stem}.gate.{bias}", gate.e_score_correction_bias)
+    experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
+    for expert in range(c.n_routed_experts):
+        for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
+            weights.matrix(f"{stem}.experts.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
+    inner = c.n_shared_experts * c.moe_intermediate_size
+    shared = _triple(weights, f"{stem}.shared_experts", c.hidden_size, inner) if inner else None
+    mixture.experts = Int4Experts(experts, shared)  # pyright: ignore[reportAttributeAccessIssue]
+    mixture.shared_experts = None
+
+
+def _pack_attention(attention: LatentAttention, weights: Weights, stem: str) -> None:
+    keys = pack_keys(weights.dense(f"{stem}.kv_b_proj.weight", attention.kv_b_proj.weight), attention.config)
+    for name, module in list(attention.named_children()):
+        if isinstance(module, nn.Linear):
+            shape = module.out_features, module.in_features
+            setattr(attention, name, PackedLinear(weights.matrix(f"{stem}.{name}.weight", *shape)))
+        else:
+            setattr(attention, name, _norm(module, weights, f"{stem}.{name}"))
+    attention.__class__ = PackedAttention
+    attention.keys = keys  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def pack_keys(kv_b: Tensor, c: ModelConfig) -> PackedMatrix:
+    """`kv_b_proj` bf16 [H·(N + V), L] -> its key half, transposed: packed [H·L, N]."""
+    keys_HNL = kv_b.unflatten(0, (c.num_attention_heads, -1))[:, : c.qk_nope_head_dim]
+    return ops.pack_bf16(keys_HNL.transpose(1, 2).flatten(0, 1).contiguous())

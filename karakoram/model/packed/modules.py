@@ -1,0 +1,123 @@
+"""A model whose weights stay as the checkpoint holds them: int4 experts, everything else bf16 (or int4 where it is), on
+the CPU kernels. For inference only; the mathematics is that of the modules these stand in for.
+
+What changes in numbers (docs/numerics.md): activations are bf16 between operations as in torch, but inside one
+operation nothing is rounded that torch would round: silu(gate) · up comes from float32 sums, a token's experts and
+the shared one are summed in float32 and rounded once, logits are float32.
+
+Legend: as in the modules: B batch, T tokens, H heads, N nope, R rope, V value, L latent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from karakoram.formats import int4_group
+from karakoram.kernels import ops
+from karakoram.kernels.packed import PackedExperts, PackedMatrix
+from karakoram.model.attention import LatentAttention
+from karakoram.model.cache import Cache, LatentCache
+from karakoram.model.watch import Watch
+
+# Up to so many new tokens a row, attention runs absorbed over the cache, one query at a time in one call: a query costs
+# H·S·(2L + R) products, expanding the cache once S·H·L·(N + V). At K2's sizes they meet near 150 queries on paper;
+# measured (docs/kernels.md) torch's expanded attention starts slower, and prompts are longer than that anyway.
+ABSORB_UP_TO = 16
+
+
+class PackedLinear(nn.Module):
+    """A projection on a packed matrix."""
+
+    def __init__(self, matrix: PackedMatrix, out_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.matrix, self.out_dtype = matrix, out_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bf16 [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1])
+        return ops.linear(rows, self.matrix, self.out_dtype).view(*x.shape[:-1], -1)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of an int4 table, decoded as they are looked up: codes int32 [V, D/8], scale bf16 [V, D/32]."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.codes, self.scale = codes, scale
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [...] -> bf16 [..., D]."""
+        return int4_group.dequantize(self.codes[token_ids], self.scale[token_ids])
+
+
+class PackedNorm(nn.Module):
+    """RMSNorm in one pass."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bf16 [..., D] -> [..., D]."""
+        return ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class PackedFeedForward(nn.Module):
+    """SwiGLU on packed matrices: gate, up, down."""
+
+    def __init__(self, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> None:
+        super().__init__()
+        self.matrices = (gate, up, down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bf16 [..., D] -> [..., D]."""
+        return ops.mlp(x.reshape(-1, x.shape[-1]), *self.matrices).view(x.shape)
+
+
+class Int4Experts(nn.Module):
+    """The routed experts of a layer and, in the same call and the same float32 sum, the shared one."""
+
+    def __init__(self, experts: PackedExperts, shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None) -> None:
+        super().__init__()
+        self.packed, self.shared = experts, shared
+
+    def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """See `ExpertBank.__call__`; with the shared expert's output in it."""
+        return ops.moe_int4(x_ND, ids_NK, weights_NK, self.packed, self.shared)
+
+
+class PackedAttention(LatentAttention):
+    """MLA that decodes absorbed in the kernels; its projections have been replaced by packed ones.
+
+    keys    `kv_b_proj`'s key half, transposed for the absorbed query: bf16 [H·L, N]
+    """
+
+    keys: PackedMatrix
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        cache: Cache | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """As `LatentAttention.forward`."""
+        if x_BTD.shape[1] > ABSORB_UP_TO or not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
+            return super().forward(x_BTD, rotation, positions_BT, cache, watch)
+        q_nope, q_rope, latent, k_rope = self.project(x_BTD, rotation)
+        cache.append(self.layer, latent, k_rope, positions_BT)
+        return self.o_proj(self.decode(q_nope, q_rope, cache.rows[self.layer], positions_BT))
+
+    def decode(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, rows_BSx: Tensor, positions_BT: Tensor) -> Tensor:
+        """`absorbed` on the kernels, every query as a sequence of its own: [B, T, H·V]."""
+        c = self.config
+        batch, count = positions_BT.shape
+        q_nope, q_rope = q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1)
+        q = torch.cat((ops.linear_by_head(q_nope, self.keys, c.kv_lora_rank), q_rope), -1)
+        rows = rows_BSx[:, None].expand(-1, count, -1, -1).flatten(0, 1) if count == 1 or batch == 1 else None
+        if rows is None:
+            rows = rows_BSx.repeat_interleave(count, 0)
+        mixed = ops.mla_decode(q, rows, positions_BT.flatten() + 1, c.kv_lora_rank, self.scale)
+        assert isinstance(self.kv_b_proj, PackedLinear)
+        out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
+        return out.view(batch, count, -1)
