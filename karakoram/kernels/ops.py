@@ -89,45 +89,55 @@ def describe_choice() -> str:
 # ------------------------------------------------------------------------------------------------ packing
 
 
-def _room(kind: packed.Kind, outputs: int, inputs: int, out: Tensor | None) -> Tensor:
+def _room(kind: packed.Kind, outputs: int, inputs: int, out: Tensor | None) -> PackedMatrix:
+    """Checked before anything is written: the library takes the size of `out` on trust."""
     size = packed.packed_bytes(kind, outputs, inputs)
-    return torch.empty(size, dtype=torch.uint8) if out is None else out
+    return PackedMatrix(torch.empty(size, dtype=torch.uint8) if out is None else out, kind, outputs, inputs)
+
+
+def _sizes(name: str, tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    if tensor.ndim != 2 or tensor.dtype != dtype:
+        raise FormatError(f"{name} is {tensor.dtype} {list(tensor.shape)}.", f"It must be {dtype} and a matrix.")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _check_finite(scale: Tensor, kind: packed.Kind) -> None:
+    if not bool(scale.isfinite().all()):
+        raise FormatError(f"A scale of an {kind} weight is infinite or not a number.", "The checkpoint is damaged.")
 
 
 def pack_int4(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> PackedMatrix:
     """weight_packed int32 [N, K/8] and weight_scale bf16 [N, K/32] -> panels, into `out` (uint8) if given."""
-    outputs, inputs = scale.shape[0], scale.shape[1] * 32
-    data = _room("int4", outputs, inputs, out)
+    outputs, groups = _sizes("weight_scale", scale, torch.bfloat16)
+    matrix = _room("int4", outputs, groups * 32, out)
+    _check_finite(scale, "int4")
     if (lib := chosen()) is None:
-        data.copy_(packed.pack_int4(codes, scale))
+        matrix.data.copy_(packed.pack_int4(codes, scale))
     else:
-        if not bool(scale.isfinite().all()):
-            raise FormatError("A scale of an int4 weight is infinite or not a number.", "The checkpoint is damaged.")
-        lib.call("k2_pack_int4", describe(codes), describe(scale), describe_packed(data, "int4", outputs, inputs))
-    return PackedMatrix(data, "int4", outputs, inputs)
+        lib.call("k2_pack_int4", describe(codes), describe(scale), _packed(matrix))
+    return matrix
 
 
 def pack_bf16(weight: Tensor, out: Tensor | None = None) -> PackedMatrix:
     """bf16 [N, K] -> panels."""
-    outputs, inputs = weight.shape
-    data = _room("bf16", outputs, inputs, out)
+    matrix = _room("bf16", *_sizes("weight", weight, torch.bfloat16), out)
     if (lib := chosen()) is None:
-        data.copy_(packed.pack_pairs(weight).view(torch.uint8))
+        matrix.data.copy_(packed.pack_pairs(weight).view(torch.uint8))
     else:
-        lib.call("k2_pack_bf16", describe(weight), describe_packed(data, "bf16", outputs, inputs))
-    return PackedMatrix(data, "bf16", outputs, inputs)
+        lib.call("k2_pack_bf16", describe(weight), _packed(matrix))
+    return matrix
 
 
 def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> PackedMatrix:
     """float8_e4m3fn [N, K] and weight_scale_inv float32 [N/128, K/128] -> panels."""
-    outputs, inputs = weight.shape
-    data = _room("fp8", outputs, inputs, out)
+    matrix = _room("fp8", *_sizes("weight", weight, torch.float8_e4m3fn), out)
+    _check_finite(scale, "fp8")
     codes = weight.view(torch.uint8)
     if (lib := chosen()) is None:
-        data.copy_(torch.cat((packed.pack_pairs(codes), scale.contiguous().flatten().view(torch.uint8))))
+        matrix.data.copy_(torch.cat((packed.pack_pairs(codes), scale.contiguous().flatten().view(torch.uint8))))
     else:
-        lib.call("k2_pack_fp8", describe(codes), describe(scale), describe_packed(data, "fp8", outputs, inputs))
-    return PackedMatrix(data, "fp8", outputs, inputs)
+        lib.call("k2_pack_fp8", describe(codes), describe(scale), _packed(matrix))
+    return matrix
 
 
 # ------------------------------------------------------------------------------------------------ operations
@@ -190,21 +200,17 @@ def moe_int4(
     """
     if (lib := chosen(implementation)) is None:
         return reference.moe_int4(x_TD, ids_TK, weights_TK, experts, shared)
-    if x_TD.shape[1] != experts.hidden:
+    if x_TD.ndim != 2 or x_TD.shape[1] != experts.hidden:
         raise InputError(
-            f"x has {x_TD.shape[1]} columns, the experts {experts.hidden} inputs.", "Take this layer's experts."
+            f"x is {list(x_TD.shape)}, the experts have {experts.hidden} inputs.", "Take this layer's experts."
         )
     y_TD = torch.empty_like(x_TD)
     lib.call(
-        "k2_moe_int4", describe(x_TD), describe(ids_TK), describe(weights_TK), _records(experts),
+        "k2_moe_int4", describe(x_TD), describe(ids_TK), describe(weights_TK),
+        (ctypes.c_void_p * experts.experts)(*experts.addresses),
         ctypes.c_int64(experts.experts), ctypes.c_int64(experts.intermediate), _shared(shared), describe(y_TD),
     )  # fmt: skip
     return y_TD
-
-
-def _records(experts: PackedExperts):
-    first, stride = experts.records.data_ptr(), experts.records.stride(0)
-    return (ctypes.c_void_p * experts.experts)(*(first + e * stride for e in range(experts.experts)))
 
 
 class MoeInt4:
@@ -222,10 +228,24 @@ class MoeInt4:
             "k2_moe_begin", describe(x_TD), describe(ids_TK), describe(weights_TK), ctypes.c_int64(experts),
             ctypes.c_int64(intermediate), ctypes.byref(self._handle),
         )  # fmt: skip
+        self._record_bytes = packed.record_bytes(x_TD.shape[1], intermediate)
 
     def experts(self, ids: list[int], records: list[Tensor]) -> None:
-        """Compute these experts' partials; each record is a row of `PackedExperts.records`."""
+        """Compute these experts' partials; each record is a row of `PackedExperts.records`, empty if no token came.
+
+        Experts that were given before are passed over.
+        """
         self._open()
+        if len(ids) != len(records):
+            raise InputError(f"{len(ids)} experts have {len(records)} records.", "Give each its own.")
+        for expert, record in zip(ids, records):
+            if record.numel() and not (
+                record.dtype == torch.uint8 and record.numel() == self._record_bytes and record.is_contiguous()
+            ):
+                raise InputError(
+                    f"The record of expert {expert} is {record.dtype} {list(record.shape)}.",
+                    f"It must be {self._record_bytes} contiguous bytes.",
+                )
         numbers = (ctypes.c_int64 * len(ids))(*ids)
         places = (ctypes.c_void_p * len(ids))(*(record.data_ptr() for record in records))
         self._lib.call("k2_moe_experts", self._handle, numbers, places, ctypes.c_int64(len(ids)))

@@ -15,6 +15,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +70,7 @@ class PackedMatrix:
         return fp8_block.dequantize(codes.view(torch.float8_e4m3fn), scale)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedExperts:
     """All routed experts of a layer: `records` uint8 [experts, bytes], each gate [I, D], up [I, D], down [D, I]."""
 
@@ -77,10 +78,27 @@ class PackedExperts:
     hidden: int
     intermediate: int
 
+    def __post_init__(self) -> None:
+        size = record_bytes(self.hidden, self.intermediate)
+        if self.records.dtype != torch.uint8 or self.records.ndim != 2 or self.records.shape[1] != size:
+            raise FormatError(
+                f"{self.records.dtype} {list(self.records.shape)} are no records of experts "
+                f"[{self.hidden}, {self.intermediate}].",
+                f"They are torch.uint8 [experts, {size}].",
+            )
+        if self.records.stride(1) != 1:
+            raise FormatError("The bytes of an expert's record do not lie one after another.", "Make them contiguous.")
+
     @property
     def experts(self) -> int:
         """How many there are."""
         return self.records.shape[0]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each expert's record lies in memory."""
+        first, stride = self.records.data_ptr(), self.records.stride(0)
+        return tuple(first + expert * stride for expert in range(self.experts))
 
     def parts(self, expert: int) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix]:
         """Views of one expert's gate, up and down."""
@@ -156,6 +174,9 @@ def _unpack_pairs(data: Tensor, outputs: int, inputs: int) -> Tensor:
 def write_experts(path: Path, layers: Sequence[PackedExperts]) -> None:
     """Layers of equal shape into one file: a page of JSON, then record after record, each on a page of its own."""
     first = layers[0]
+    for layer in layers:
+        if (layer.records.shape, layer.hidden) != (first.records.shape, first.hidden):
+            raise FormatError("Layers differ in their number or size of experts.", "Write those of equal shape.")
     header = {
         "layout_version": LAYOUT_VERSION, "layers": len(layers), "experts": first.experts,
         "hidden": first.hidden, "intermediate": first.intermediate,
@@ -172,13 +193,25 @@ def write_experts(path: Path, layers: Sequence[PackedExperts]) -> None:
     os.replace(partial, path)
 
 
+def _header(path: Path, head: bytes) -> dict[str, int]:
+    try:
+        header = dict(json.loads(head[len(_MAGIC) :].rstrip(b"\0")))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"The header of {path} is damaged, or was cut short.", "Pack it again.") from None
+    if header.get("layout_version") == LAYOUT_VERSION:
+        for key in ("layers", "experts", "hidden", "intermediate"):
+            if not isinstance(header.get(key), int) or header[key] < 1:
+                raise CheckpointError(f"The header of {path} names {key} {header.get(key)!r}.", "Pack it again.")
+    return header
+
+
 def open_experts(path: Path) -> list[PackedExperts]:
     """The layers of a file, mapped, not read. Raises CheckpointError for another version, or a file cut short."""
     with path.open("rb") as file:
         head = file.read(_PAGE)
         if not head.startswith(_MAGIC):
             raise CheckpointError(f"{path} holds no packed experts.", "Load the checkpoint that it was made from.")
-        header = json.loads(head[len(_MAGIC) :].rstrip(b"\0"))
+        header = _header(path, head)
         if header.get("layout_version") != LAYOUT_VERSION:
             raise CheckpointError(
                 f"{path} has layout version {header.get('layout_version')}, this program reads {LAYOUT_VERSION}.",

@@ -30,9 +30,13 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states -> expert ids int64 [N, K] and weights float32 [N, K]; the order within K means nothing."""
-        scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.weight.float()))
+        scores_NE = torch.sigmoid(self.logits(x_ND))
         ids_NK = choose(scores_NE.detach() + self.e_score_correction_bias, self.config)
         return ids_NK, weigh(scores_NE.gather(-1, ids_NK), self.config)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Affinities before the sigmoid, in float32 from float32 operands: [N, E]."""
+        return F.linear(x_ND.float(), self.weight.float())
 
 
 def choose(biased_NE: Tensor, config: ModelConfig) -> Tensor:

@@ -22,6 +22,7 @@ from karakoram.model.packed.modules import (
     PackedFeedForward,
     PackedLinear,
     PackedNorm,
+    PackedRouter,
 )
 from karakoram.model.transformer import Transformer
 
@@ -132,6 +133,8 @@ def _triple(weights: Weights, stem: str, hidden: int, inner: int) -> Triple:
 def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig) -> None:
     gate = mixture.gate
     gate.weight = nn.Parameter(weights.plain(f"{stem}.gate.weight", gate.weight), requires_grad=False)
+    gate.__class__ = PackedRouter
+    gate.matrix = ops.pack_bf16(gate.weight.detach())  # pyright: ignore[reportAttributeAccessIssue]
     bias = "e_score_correction_bias"
     gate.e_score_correction_bias = weights.plain(f"{stem}.gate.{bias}", gate.e_score_correction_bias)
     experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)

@@ -16,6 +16,7 @@ from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache
+from karakoram.model.router import Router
 from karakoram.model.watch import Watch
 
 # Up to so many new tokens a row, attention runs absorbed over the cache, one query at a time in one call: a query costs
@@ -59,6 +60,16 @@ class PackedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """bf16 [..., D] -> [..., D]."""
         return ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class PackedRouter(Router):
+    """The router on a bf16 matrix; products of bf16 numbers are exact in float32, so its logits are float32 ones."""
+
+    matrix: PackedMatrix
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """See `Router.logits`."""
+        return ops.linear(x_ND, self.matrix, torch.float32)
 
 
 class PackedFeedForward(nn.Module):

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "feed_forward.hpp"
 #include "worker_pool.hpp"
@@ -195,18 +196,20 @@ k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor
 
 k2_status k2_moe_experts(k2_moe* m, const int64_t* experts, const void* const* records, int64_t count) {
   std::vector<FeedForward> jobs;
+  std::vector<char> done = m->done;  // a copy: a refused call leaves nothing half done
   for (int64_t i = 0; i < count; i++) {
     const int64_t e = experts[i];
     if (e < 0 || e >= m->experts)
       return fail(K2_BAD_ID, "expert %lld of %lld", static_cast<long long>(e), static_cast<long long>(m->experts));
-    if (m->first[e] == m->first[e + 1] || m->done[e]) continue;
+    if (m->first[e] == m->first[e + 1] || done[e]) continue;  // the second time, also within a call, is passed over
     if (!records[i]) return fail(K2_BAD_CALL, "expert %lld has tokens but no record", static_cast<long long>(e));
     if (reinterpret_cast<uintptr_t>(records[i]) % 64)
       return fail(K2_BAD_ALIGNMENT, "the record of expert %lld is not aligned to 64 bytes", static_cast<long long>(e));
     jobs.push_back(expert_job(*m, e, records[i]));
+    done[e] = 1;
   }
   if (!run(*m->kernels, jobs)) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
-  for (int64_t i = 0; i < count; i++) m->done[experts[i]] = 1;
+  m->done = std::move(done);
   return K2_OK;
 }
 

@@ -1,14 +1,21 @@
-// A worker waits for a new round number: it looks a few thousand times, then sleeps on a condition variable, so that an idle
-// pool costs nothing and torch's own threads get the cores between calls. A fork leaves the child without threads; it
-// starts anew with its first call.
+// A worker waits for a new round number: it looks for 200 µs, then sleeps on a condition variable, so that an idle pool costs
+// nothing and torch's own threads get the cores between calls. Waking a sleeping virtual core takes 50 µs and more, and a
+// decoded token makes ten calls a layer: looking covers the gaps between them.
+//
+// Workers are pinned to the second, third … core that the process may use; a caller that is found on one of theirs moves to
+// the first one, else both would share a core until the scheduler notices (seen: two threads as slow as one).
+//
+// A fork leaves the child without threads; it starts anew with its first call.
 #include "worker_pool.hpp"
 
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -20,7 +27,7 @@
 namespace k2 {
 namespace {
 
-constexpr int kLooks = 4000;  // about 20 µs: the gap between two calls of one layer
+constexpr auto kLookFor = std::chrono::microseconds(200);
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -28,6 +35,18 @@ void pause_briefly() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+template <class Ready>
+bool look_for(Ready ready) {  // true as soon as it is, false when the time is over
+  const auto until = std::chrono::steady_clock::now() + kLookFor;
+  do {
+    for (int look = 0; look < 64; look++) {
+      if (ready()) return true;
+      pause_briefly();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+  return false;
 }
 
 struct Pool {
@@ -74,12 +93,24 @@ void pin_to(int core_of_permitted) {
 #endif
 }
 
+// Moves the calling thread to the first permitted core if it is on another, and lets it free again.
+void leave_to_workers() {
+#if defined(__linux__)
+  cpu_set_t permitted;
+  if (sched_getaffinity(0, sizeof permitted, &permitted)) return;
+  int first = 0;
+  while (first < CPU_SETSIZE && !CPU_ISSET(first, &permitted)) first++;
+  if (sched_getcpu() == first) return;
+  pin_to(0);
+  pthread_setaffinity_np(pthread_self(), sizeof permitted, &permitted);
+#endif
+}
+
 void live(Pool* p, int thread, uint64_t seen) {
   pin_to(thread);
   inside = true;
   for (;;) {
-    for (int look = 0; look < kLooks && p->round.load(std::memory_order_acquire) == seen; look++) pause_briefly();
-    if (p->round.load(std::memory_order_acquire) == seen) {
+    if (!look_for([&] { return p->round.load(std::memory_order_acquire) != seen; })) {
       std::unique_lock<std::mutex> lock(p->sleep);
       p->wake.wait(lock, [&] { return p->round.load(std::memory_order_acquire) != seen || p->stop; });
     }
@@ -123,7 +154,11 @@ Pool* running_pool() {
     pool = new Pool;  // never deleted: callers may hold it, and so may a forked child's copy
   }
   const uint64_t round = pool->round.load();
-  for (int thread = 1; thread < threads; thread++) pool->workers.emplace_back(live, pool, thread, round);
+  try {
+    for (int thread = 1; thread < threads; thread++) pool->workers.emplace_back(live, pool, thread, round);
+  } catch (const std::exception&) {  // the system gives no more threads: these must do, from now on
+    wanted_threads.store(static_cast<int>(pool->workers.size()) + 1);
+  }
   return pool;
 }
 
@@ -192,6 +227,7 @@ void parallel_for(int64_t items, void (*work)(int64_t, void*, int), void* contex
   Pool* p = running_pool();
   std::lock_guard<std::mutex> lock(p->callers);
   inside = true;
+  leave_to_workers();
   p->items = items;
   p->work = work;
   p->context = context;
@@ -203,8 +239,7 @@ void parallel_for(int64_t items, void (*work)(int64_t, void*, int), void* contex
   }
   p->wake.notify_all();
   take_items(*p, 0);
-  for (int look = 0; look < kLooks && p->busy.load(std::memory_order_acquire); look++) pause_briefly();
-  if (p->busy.load(std::memory_order_acquire)) {
+  if (!look_for([&] { return p->busy.load(std::memory_order_acquire) == 0; })) {
     std::unique_lock<std::mutex> asleep(p->sleep);
     p->finished.wait(asleep, [&] { return p->busy.load(std::memory_order_acquire) == 0; });
   }

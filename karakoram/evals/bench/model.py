@@ -1,0 +1,244 @@
+"""How fast a whole model runs, without its weights: true shapes, random int4, prefill and decode.
+
+Weights are chance, in the layout of the kernels, so a model of 9 GB stands in seconds; what is read and multiplied per token
+is what the real one reads and multiplies, only the routing is flatter. `int4` is K2-Thinking's layout (routed experts int4,
+the rest bf16), `int4-all` has every projection and the embedding in int4.
+
+Bytes per token: every packed matrix that one token multiplies with, and the latent cache; the embedding's row is not counted.
+For a model that does not fit, some of its layers are run, and the whole is estimated from the time of each kind of layer.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karakoram.config import ModelConfig
+from karakoram.errors import InputError
+from karakoram.formats import int4_group
+from karakoram.kernels.packed import PackedMatrix, packed_bytes
+from karakoram.model.packed.assemble import assemble
+from karakoram.model.packed.modules import Int4Experts, PackedAttention, PackedFeedForward, PackedLinear
+from karakoram.model.transformer import Transformer
+
+FORMATS = ("int4", "int4-all")
+_PATTERN_BLOCKS = 1 << 16  # 64 × 16 weights each: 38 MB of chance, repeated
+
+
+class RandomWeights:
+    """`model.packed.assemble.Weights` by chance: standard deviation 1/√inputs, so that activations keep their size."""
+
+    def __init__(self, weight_format: str, seed: int = 0) -> None:
+        self.int4_all = weight_format == "int4-all"
+        self.random = torch.Generator().manual_seed(seed)
+        self.codes = torch.randint(0, 256, (_PATTERN_BLOCKS, 576), generator=self.random, dtype=torch.uint8)
+        self.normal = torch.randn(1 << 22, generator=self.random).bfloat16()
+
+    def plain(self, name: str, like: Tensor) -> Tensor:
+        """Norms are 1, routers small, biases 0."""
+        if "norm" in name:
+            return torch.ones(like.shape, dtype=like.dtype)
+        return (torch.randn(like.shape, generator=self.random) * like.shape[-1] ** -0.5 * (like.ndim > 1)).to(
+            like.dtype
+        )
+
+    def table(self, name: str, like: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Rows of standard deviation 1."""
+        if not self.int4_all:
+            return _repeat(self.normal, like.numel()).view(like.shape)
+        outputs, inputs = like.shape
+        words = _repeat(self.codes.flatten(), outputs * inputs // 2).view(torch.int32)
+        scale = torch.full((outputs, inputs // int4_group.GROUP), 0.22, dtype=torch.bfloat16)  # codes' deviation is 4.6
+        return words.view(outputs, inputs // 8), scale
+
+    def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
+        """int4 panels for experts, and for everything with `int4-all`; else bf16 panels."""
+        size = inputs**-0.5
+        if not (self.int4_all or ".experts." in name):
+            data = torch.empty(packed_bytes("bf16", outputs, inputs), dtype=torch.uint8)
+            _fill(data.view(torch.bfloat16), self.normal)
+            data.view(torch.bfloat16).mul_(size)
+            return PackedMatrix(data, "bf16", outputs, inputs)
+        data = torch.empty(packed_bytes("int4", outputs, inputs), dtype=torch.uint8) if out is None else out
+        blocks = data.view(-1, 576)
+        first = int(torch.randint(0, _PATTERN_BLOCKS // 2, (1,), generator=self.random))
+        _fill(blocks, self.codes[first:])
+        blocks[:, 512:] = torch.full((32,), size / 4.6, dtype=torch.bfloat16).view(torch.uint8)
+        return PackedMatrix(data, "int4", outputs, inputs)
+
+    def dense(self, name: str, like: Tensor) -> Tensor:
+        """bf16, whatever the format."""
+        return _repeat(self.normal, like.numel()).view(like.shape) * like.shape[-1] ** -0.5
+
+
+def _fill(out: Tensor, pattern: Tensor) -> None:
+    for start in range(0, len(out), len(pattern)):
+        part = out[start : start + len(pattern)]
+        part.copy_(pattern[: len(part)])
+
+
+def _repeat(pattern: Tensor, count: int) -> Tensor:
+    out = torch.empty(count, dtype=pattern.dtype)
+    _fill(out, pattern)
+    return out
+
+
+def build(config: ModelConfig, weight_format: str, layers: int | None = None, context: int = 4096) -> Transformer:
+    """A model of the true shape (or its first `layers`) with random weights. InputError for an unknown format."""
+    if weight_format not in FORMATS:
+        raise InputError(f"There is no format {weight_format!r} to bench.", f"Choose one of {', '.join(FORMATS)}.")
+    if layers is not None and not config.first_k_dense_replace < layers <= config.num_hidden_layers:
+        raise InputError(
+            f"{layers} layers are no part of a model of {config.num_hidden_layers} with a mixture in it.",
+            f"Choose {config.first_k_dense_replace + 1} to {config.num_hidden_layers}.",
+        )
+    shape = replace(
+        config,
+        num_hidden_layers=layers or config.num_hidden_layers,
+        max_position_embeddings=max(context, config.max_position_embeddings),
+    )
+    model = Transformer(shape, device="meta", dtype=torch.bfloat16)
+    assemble(model, RandomWeights(weight_format))
+    return model.eval().requires_grad_(False)
+
+
+def bytes_per_token(model: Transformer, context: int) -> int:
+    """Bytes that one decoded token reads at this context length."""
+    c = model.config
+    total = 2 * c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            total += module.matrix.data.numel()
+        elif isinstance(module, PackedFeedForward):
+            total += sum(matrix.data.numel() for matrix in module.matrices)
+        elif isinstance(module, Int4Experts):
+            total += module.packed.records.shape[1] * c.num_experts_per_tok
+            total += sum(matrix.data.numel() for matrix in module.shared or ())
+        elif isinstance(module, PackedAttention):
+            total += module.keys.data.numel()
+            # of kv_b_proj, counted whole above, decoding reads the value half
+            keys_share = c.qk_nope_head_dim / (c.qk_nope_head_dim + c.v_head_dim)
+            total -= int(module.kv_b_proj.matrix.data.numel() * keys_share)  # pyright: ignore[reportAttributeAccessIssue]
+    return total
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Median seconds of one decoded token: per dense layer, per mixture layer, and everything else."""
+
+    dense_s: float
+    mixture_s: float
+    rest_s: float
+
+
+def prefill_tokens_per_s(model: Transformer, prompt: int, repeats: int = 3) -> float:
+    """Median over `repeats` prompts of fresh random ids, logits of the last position included."""
+    times = []
+    for number in range(repeats):
+        ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(number))
+        cache = model.new_cache(1, prompt)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model(ids, cache, logits_for="last")
+        times.append(time.perf_counter() - began)
+    return prompt / statistics.median(times)
+
+
+def decode(
+    model: Transformer, prompt: int, count: int, progress: Callable[[int], None] | None = None
+) -> tuple[float, LayerTimes]:
+    """Greedy tokens/s after a prompt (median over the tokens), and where the time went."""
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
+    cache = model.new_cache(1, prompt + count + 1)
+    spent: dict[bool, list[float]] = defaultdict(list)  # by whether the layer is a mixture
+    with torch.inference_mode(), _timed_layers(model, spent):
+        token = model(ids, cache, logits_for="last").argmax(-1)
+        spent.clear()
+        times = []
+        for number in range(count):
+            began = time.perf_counter()
+            token = model(token, cache, logits_for="last").argmax(-1)
+            times.append(time.perf_counter() - began)
+            if progress is not None:
+                progress(number + 1)
+    each = statistics.median(times)
+    dense, mixture = (statistics.median(spent[kind]) if spent[kind] else 0.0 for kind in (False, True))
+    c = model.config
+    rest = each - c.first_k_dense_replace * dense - (c.num_hidden_layers - c.first_k_dense_replace) * mixture
+    return 1 / each, LayerTimes(dense, mixture, max(rest, 0.0))
+
+
+class _timed_layers:  # noqa: N801 - a context manager, used as one word
+    """Adds the seconds of every layer's forward pass to `spent`, by whether it holds a mixture."""
+
+    def __init__(self, model: Transformer, spent: dict[bool, list[float]]) -> None:
+        self.model, self.spent, self.handles, self.began = model, spent, [], 0.0
+
+    def __enter__(self) -> None:
+        for number, layer in enumerate(self.model.model.layers):
+            mixture = number >= self.model.config.first_k_dense_replace
+            self.handles.append(layer.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter())))
+            self.handles.append(
+                layer.register_forward_hook(
+                    lambda *_, mixture=mixture: self.spent[mixture].append(time.perf_counter() - self.began)
+                )
+            )
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def estimate(times: LayerTimes, whole: ModelConfig) -> float:
+    """Decoded tokens/s of the whole model, from the times of its kinds of layers."""
+    mixtures = whole.num_hidden_layers - whole.first_k_dense_replace
+    return 1 / (whole.first_k_dense_replace * times.dense_s + mixtures * times.mixture_s + times.rest_s)
+
+
+def measure(
+    config: ModelConfig,
+    weight_format: str,
+    prompts: list[int],
+    count: int,
+    layers: int | None = None,
+    read_bandwidth_gb_per_s: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Everything that `k2 bench model` prints of one model; rates in tokens/s, times in seconds."""
+    say("Building the weights …")
+    began = time.perf_counter()
+    model = build(config, weight_format, layers, max(prompts) + count)
+    built_s = time.perf_counter() - began
+    prefill = []
+    for prompt in prompts:
+        say(f"Prefill of {prompt:,} tokens …")
+        prefill.append({"prompt_tokens": prompt, "tokens_per_s": prefill_tokens_per_s(model, prompt)})
+    say(f"Decoding {count} tokens …")
+    context = prompts[0]
+    rate, times = decode(model, context, count)
+    read = bytes_per_token(model, context + count // 2)
+    result: dict[str, Any] = {
+        "format": weight_format,
+        "layers": model.config.num_hidden_layers,
+        "build_s": built_s,
+        "prefill": prefill,
+        "decode": {
+            "prompt_tokens": context,
+            "tokens": count,
+            "tokens_per_s": rate,
+            "bytes_per_token": read,
+            "gb_per_s": read * rate / 1e9,
+            "read_share": read * rate / 1e9 / read_bandwidth_gb_per_s if read_bandwidth_gb_per_s else None,
+        },
+    }
+    if model.config.num_hidden_layers < config.num_hidden_layers:
+        result["estimate"] = {
+            "what": f"all {config.num_hidden_layers} layers, from the times of single layers; nothing of it was run whole",
+            "decode_tokens_per_s": estimate(times, config),
+        }
+    return result
