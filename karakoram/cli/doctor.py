@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from karakoram import env
+from karakoram.errors import KarakoramError
 
 _NEEDED = ("numpy", "safetensors", "tiktoken", "huggingface_hub", "typer", "rich")
 _LOW_MEMORY_BYTES = 4e9  # torch and the bundled model take about 1 GB, training it about 2
@@ -57,6 +58,7 @@ def examine() -> list[Check]:
         _processor(),
         _compiler(),
         _memory(),
+        _kernels(),
         *_accelerators(),
         _bundled_model(),
         _hub_cache(),
@@ -110,6 +112,27 @@ def _compiler() -> Check:
         how = "xcode-select --install" if sys.platform == "darwin" else "apt install g++ (or your system's equivalent)"
         return Check("compiler", "note", "no C++ compiler", f"Only compiled kernels need one: {how}.")
     return Check("compiler", "ok", env.first_line([str(path), "--version"]) or str(path))
+
+
+def _kernels() -> Check:
+    """Which implementation the operations run on; the library is built here if it is not there yet."""
+    import warnings
+
+    try:
+        from karakoram.kernels import ops
+    except (ImportError, OSError):
+        return Check("kernels", "note", "unknown without torch")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = ops.describe_choice()
+        except KarakoramError as error:  # KARAKORAM_ISA names what is not here
+            return Check("kernels", "missing", error.what, error.fix)
+    if caught:
+        return Check(
+            "kernels", "note", str(caught[0].message), "Everything works without, slower; see docs/kernels.md."
+        )
+    return Check("kernels", "ok", found)
 
 
 def _memory() -> Check:

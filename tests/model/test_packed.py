@@ -1,0 +1,125 @@
+"""A model on packed weights computes what the same checkpoint computes densely; closer to float32 than torch's bf16."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from karakoram.config import ModelConfig
+from karakoram.kernels import ops
+from karakoram.model.initialize import initialize
+from karakoram.model.load import load_model
+from karakoram.model.packed.modules import Int4Experts, PackedAttention
+from karakoram.model.transformer import Transformer
+from karakoram.train.masters import Masters
+from karakoram.train.resume import save_model
+
+pytestmark = pytest.mark.skipif(ops.chosen() is None, reason="the CPU kernels are not there (no compiler)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano's shape with random weights, experts in int4: written as `k2 train` writes it."""
+    path = tmp_path_factory.mktemp("packed") / "model"
+    config = ModelConfig.preset("nano")
+    model = initialize(Transformer(config, dtype=torch.bfloat16), 3)
+    masters = Masters(model)
+    masters.int4_experts = True
+    masters.publish()
+    save_model(model, config, path, {}, int4=True)
+    return path
+
+
+def prompt(rows: int, count: int) -> Tensor:
+    return torch.randint(0, 3900, (rows, count), generator=torch.Generator().manual_seed(5))
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_an_int4_checkpoint_is_kept_as_it_is(checkpoint: Path) -> None:
+    model = load_model(checkpoint)
+    layer = model.model.layers[1]
+    assert isinstance(layer.mlp.experts, Int4Experts) and isinstance(layer.self_attn, PackedAttention)
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    held = sum(m.packed.records.numel() for m in model.modules() if isinstance(m, Int4Experts))
+    assert held < stored
+    assert not isinstance(load_model(checkpoint, dense=True).model.layers[1].self_attn, PackedAttention)
+    assert not isinstance(load_model(checkpoint, dtype="float32").model.layers[1].self_attn, PackedAttention)
+
+
+def test_it_is_no_further_from_float32_than_torch(checkpoint: Path) -> None:
+    """Fresh weights route nearly at random, so single tokens differ; over 480 positions the means must not."""
+    ids = prompt(4, 120)
+    exact = load_model(checkpoint, dtype="float32")(ids)
+    packed, torch_bf16 = (distance(load_model(checkpoint, dense=dense)(ids), exact) for dense in (False, True))
+    assert packed < 1.25 * torch_bf16  # luck of nearly tied experts
+
+
+@pytest.mark.parametrize("step", [1, 3, 16, 40])
+def test_over_a_cache_it_computes_the_same(checkpoint: Path, step: int) -> None:
+    """Up to 16 tokens at a time, attention runs in the kernels, above that expanded; rows are independent."""
+    model, ids = load_model(checkpoint), prompt(3, 120)
+    whole = load_model(checkpoint, dtype="float32")(ids)
+    cache = model.new_cache(3, 120)
+    parts = [model(ids[:, start : start + step], cache) for start in range(0, 120, step)]
+    # bf16 sums in another order, tokens routed anew: as far as the forward pass in one piece is
+    assert distance(torch.cat(parts, 1), whole) < 1.5 * distance(model(ids), whole) + 1e-3
+
+
+@contextmanager
+def routed_as(model: Transformer, chosen: list[Tensor]) -> Iterator[None]:
+    """Every router takes the expert ids of another run, with weights from its own scores."""
+    from karakoram.model.router import weigh
+
+    gates = [layer.mlp.gate for layer in model.model.layers[model.config.first_k_dense_replace :]]
+
+    def forced(gate: torch.nn.Module, ids: Tensor):
+        def forward(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            scores = torch.sigmoid(gate.logits(x_ND))
+            return ids, weigh(scores.gather(-1, ids), gate.config)
+
+        return forward
+
+    for gate, ids in zip(gates, chosen, strict=True):
+        gate.forward = forced(gate, ids)
+    yield
+    for gate in gates:
+        del gate.forward
+
+
+def chosen_experts(model: Transformer, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and each mixture layer's expert ids."""
+    found: list[Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: found.append(out[0]))
+        for layer in model.model.layers[model.config.first_k_dense_replace :]
+    ]
+    logits = model(ids)
+    for hook in hooks:
+        hook.remove()
+    return logits, found
+
+
+def test_with_the_same_experts_the_best_token_is_the_same(checkpoint: Path) -> None:
+    """Wherever the reference is sure by more than bf16's noise (top-2 margin above 0.05)."""
+    ids = prompt(1, 400)
+    exact, experts = chosen_experts(load_model(checkpoint, dtype="float32"), ids)
+    model = load_model(checkpoint)
+    with routed_as(model, experts):
+        ours = model(ids)
+    best = exact.topk(2, -1)
+    sure = (best.values[..., 0] - best.values[..., 1]) > 0.05
+    agree = (ours.argmax(-1) == best.indices[..., 0])[sure]
+    assert int(sure.sum()) > 100
+    # random weights: logits of all tokens are close to one another, so a small share may turn
+    assert float(agree.float().mean()) > 0.98
+    assert (
+        float(F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean())
+        < 1e-3
+    )
