@@ -20,7 +20,7 @@ VARIABLES: Final[dict[str, str]] = {
     "KARAKORAM_CACHE": "folder for what this package builds and keeps",
     "K2_TRACEBACK": "1 shows tracebacks instead of one-line errors",
     "NO_COLOR": "anything turns colours off",
-    "KARAKORAM_ISA": "instruction set of the CPU kernels: amx, avx512, avx512f, avx2, scalar, or reference (plain torch)",
+    "KARAKORAM_ISA": "instruction set of the kernels: amx, avx512, avx512f, avx2, scalar, or reference (torch)",
     "OMP_NUM_THREADS": "threads of the CPU kernels",
     "CXX": "C++ compiler",
     "CUDA_VISIBLE_DEVICES": "accelerators that may be used",

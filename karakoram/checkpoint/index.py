@@ -123,7 +123,7 @@ class Checkpoint:
         name = names.canonical_name(stored)
         if names.is_vision(stored):
             place = self.vision
-        elif names.is_stale_buffer(name) or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+        elif names.is_stale_buffer(name) or (name.startswith("lm_head.weight") and self.config.tie_word_embeddings):
             place = self.ignored
         elif (names.layer_of(name) or 0) >= self.config.num_hidden_layers:
             place = self.mtp
@@ -220,7 +220,8 @@ def _compare(
     problems: dict[str, list[str]] = {"missing": [], "wrong-shaped": [], "of the wrong dtype": []}
     known: set[str] = set()
     for name, shape, linear in expected:
-        parts = _parts(name, shape, tensors) if linear else [(name, tuple(_FLOATS), shape)]
+        quantizable = linear or names.is_table(name)
+        parts = _parts(name, shape, tensors) if quantizable else [(name, tuple(_FLOATS), shape)]
         for part, dtypes, part_shape in parts:
             entry = tensors.get(part)
             known.add(part)

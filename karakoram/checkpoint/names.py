@@ -18,6 +18,7 @@ from typing import NamedTuple
 from karakoram.config import ModelConfig
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 _TEXT_PREFIXES = (
     ("language_model.model.", "model."),
@@ -34,7 +35,7 @@ _LINEAR = re.compile(r"\.(self_attn|mlp|mlp\.shared_experts|mlp\.experts\.\d+)\.
 
 
 class Expected(NamedTuple):
-    """One tensor of a model: a `linear` one may be stored quantized, every other one only as floating-point numbers."""
+    """One tensor of a model: a `linear` one may be stored quantized, a table too, every other one only as floats."""
 
     name: str
     shape: tuple[int, ...]
@@ -78,6 +79,11 @@ def is_routed_expert(name: str) -> bool:
 def is_linear(name: str) -> bool:
     """Whether `name` is a weight that K2-Instruct stores in fp8: projections, not norms, router, embedding or head."""
     return _LINEAR.search(name) is not None
+
+
+def is_table(name: str) -> bool:
+    """Whether `name` is the embedding or the output head: bf16 in every published checkpoint, int4 where asked for."""
+    return name in TABLES
 
 
 def expert_weight(layer: int, expert: int, projection: str) -> str:

@@ -27,8 +27,10 @@ COMMANDS = {
     "generate": ("karakoram.cli.generate", "generate_command", "Continue a text, greedily unless told otherwise."),
     "inspect": ("karakoram.cli.inspect", "inspect_command", "Sizes and costs of a checkpoint or preset."),
     "convert": ("karakoram.cli.convert", "convert_command", "Write a checkpoint in another format, losing no bit."),
+    "quantize": ("karakoram.cli.quantize", "quantize_command", "Write a checkpoint in int4, and say what it cost."),
     "train": ("karakoram.cli.train", "train_command", "Train a model from a recipe."),
     "eval": ("karakoram.cli.eval", "eval_command", "Score a model."),
+    "bench": ("karakoram.cli.bench", "bench_command", "Measure kernels against the limits of this machine."),
     "models": ("karakoram.cli.models", "models_command", "List cached checkpoints and remove them."),
     "doctor": ("karakoram.cli.doctor", "doctor_command", "What this machine has, what is missing, how to get it."),
 }

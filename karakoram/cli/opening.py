@@ -104,7 +104,7 @@ def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allo
     return Opened(directory, loaded, fmt)
 
 
-def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str]) -> Any:
+def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str], dense: bool = False) -> Any:
     """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
     from karakoram.model.load import load_model
 
@@ -112,7 +112,7 @@ def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str])
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(directory, device=device, dtype=dtype, allow_config_keys=tuple(allow_config_keys))
+    return load_model(directory, device, dtype, tuple(allow_config_keys), dense)
 
 
 def sampling_for(

@@ -5,7 +5,7 @@
     mlp         SwiGLU with packed matrices              shared experts, dense layers
     moe_int4    the routed experts of a layer            int4
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
-    rms_norm    over the last dimension                  bf16
+    rms_norm, latent_append, route                       what lies between, one call each
 
 Each has the same signature in `reference` (plain torch) and runs in C++ where that can be built (`cpu`). Chosen by the
 argument `implementation`, else by KARAKORAM_ISA (an instruction set, or "reference"), else by what is there.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from karakoram.errors import FormatError, InputError
 from karakoram.kernels import packed, reference
-from karakoram.kernels.cpu.library import Library, describe, describe_packed, library
+from karakoram.kernels.cpu.library import Library, TensorDescriptor, describe, describe_packed, library
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
 IMPLEMENTATIONS = ("cpu", "reference")
@@ -143,8 +143,11 @@ def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Packed
 # ------------------------------------------------------------------------------------------------ operations
 
 
-def _packed(matrix: PackedMatrix):
-    return describe_packed(matrix.data, matrix.kind, matrix.outputs, matrix.inputs)
+def _packed(matrix: PackedMatrix) -> TensorDescriptor:
+    found = matrix.described.get("cpu")
+    if found is None:
+        found = matrix.described["cpu"] = describe_packed(matrix.data, matrix.kind, matrix.outputs, matrix.inputs)
+    return found
 
 
 def linear(
@@ -159,12 +162,21 @@ def linear(
 
 
 def linear_by_head(
-    x_THK: Tensor, weight: PackedMatrix, outputs: int, first: int = 0, implementation: str | None = None
+    x_THK: Tensor,
+    weight: PackedMatrix,
+    outputs: int,
+    first: int = 0,
+    out: Tensor | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
-    """Each head by rows of its own: bf16 [T, H, K] -> bf16 [T, H, outputs]; see `reference.linear_by_head`."""
+    """Each head by rows of its own: bf16 [T, H, K] -> bf16 [T, H, outputs], in `out` (strided) if given.
+
+    See `reference.linear_by_head`.
+    """
     if (lib := chosen(implementation)) is None:
-        return reference.linear_by_head(x_THK, weight, outputs, first)
-    y_THN = torch.empty(*x_THK.shape[:2], outputs, dtype=x_THK.dtype)
+        y_THN = reference.linear_by_head(x_THK, weight, outputs, first)
+        return y_THN if out is None else out.copy_(y_THN)
+    y_THN = torch.empty(*x_THK.shape[:2], outputs, dtype=x_THK.dtype) if out is None else out
     lib.call("k2_linear_by_head", describe(x_THK), _packed(weight), ctypes.c_int64(first), describe(y_THN))
     return y_THN
 
@@ -180,9 +192,7 @@ def mlp(
     return y_TD
 
 
-def _shared(shared: Iterable[PackedMatrix] | None):
-    from karakoram.kernels.cpu.library import TensorDescriptor
-
+def _shared(shared: Iterable[PackedMatrix] | None) -> ctypes.Array[TensorDescriptor] | None:
     return None if shared is None else (TensorDescriptor * 3)(*(_packed(matrix) for matrix in shared))
 
 
@@ -294,3 +304,48 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, implementation: str | N
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     lib.call("k2_rms_norm", describe(x_TD), describe(weight_D), ctypes.c_float(eps), describe(y_TD))
     return y_TD
+
+
+def latent_append(
+    kv_nx: Tensor,
+    norm_L: Tensor,
+    eps: float,
+    q_rope_nHR: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    positions_n: Tensor,
+    cache_BSx: Tensor,
+    queries_nHx: Tensor,
+    implementation: str | None = None,
+) -> None:
+    """New tokens into the cache, their queries' rope part beside the absorbed one; see `reference.latent_append`."""
+    if (lib := chosen(implementation)) is None:
+        reference.latent_append(kv_nx, norm_L, eps, q_rope_nHR, cos_nP, sin_nP, positions_n, cache_BSx, queries_nHx)
+        return
+    lib.call(
+        "k2_latent_append", describe(kv_nx), describe(norm_L), ctypes.c_float(eps), describe(q_rope_nHR),
+        describe(cos_nP), describe(sin_nP), describe(positions_n), ctypes.c_int64(len(kv_nx) // len(cache_BSx)),
+        describe(cache_BSx), describe(queries_nHx),
+    )  # fmt: skip
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    count: int,
+    groups: int,
+    best_groups: int,
+    normalise: bool,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Routing logits float32 [T, E] -> expert ids int64 [T, K] and weights float32 [T, K]; see `reference.route`."""
+    if (lib := chosen(implementation)) is None:
+        return reference.route(logits_TE, bias_E, count, groups, best_groups, normalise, scale)
+    ids_TK = torch.empty(len(logits_TE), count, dtype=torch.int64)
+    weights_TK = torch.empty(len(logits_TE), count)
+    lib.call(
+        "k2_route", describe(logits_TE), describe(bias_E), ctypes.c_int64(groups), ctypes.c_int64(best_groups),
+        ctypes.c_int32(normalise), ctypes.c_float(scale), describe(ids_TK), describe(weights_TK),
+    )  # fmt: skip
+    return ids_TK, weights_TK

@@ -14,10 +14,10 @@ import json
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class PackedMatrix:
     kind: Kind
     outputs: int
     inputs: int
+    described: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # by implementation, once
 
     def __post_init__(self) -> None:
         wanted = packed_bytes(self.kind, self.outputs, self.inputs)

@@ -69,6 +69,49 @@ def mla_decode(
     return torch.stack(out).to(q_BHx.dtype)
 
 
+def latent_append(
+    kv_nx: Tensor,
+    norm_L: Tensor,
+    eps: float,
+    q_rope_nHR: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    positions_n: Tensor,
+    cache_BSx: Tensor,
+    queries_nHx: Tensor,
+) -> None:
+    """New tokens, n/B for each row of the cache: normed latent and rotated rope key into the cache, queries' rope part
+    into queries[:, :, L:]. Pairs (x[2i], x[2i+1]) are turned by angle i."""
+    latent = len(norm_L)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+    rows_n = torch.arange(len(kv_nx)) // (len(kv_nx) // len(cache_BSx))
+    cache_BSx[rows_n, positions_n, :latent] = rms_norm(kv_nx[:, :latent], norm_L, eps)
+    cache_BSx[rows_n, positions_n, latent:] = turned(kv_nx[:, latent:], cos_nP, sin_nP)
+    queries_nHx[..., latent:] = turned(q_rope_nHR, cos_nP[:, None], sin_nP[:, None])
+
+
+def route(
+    logits_TE: Tensor, bias_E: Tensor, count: int, groups: int, best_groups: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The `count` best of sigmoid(logits) + bias within the best groups (by their two best): ids int64 [T, K], and
+    their plain scores, normalised and scaled: float32 [T, K]."""
+    scores_TE = logits_TE.sigmoid()
+    biased_TGe = (scores_TE + bias_E).unflatten(-1, (groups, -1))
+    if groups > 1:
+        rank_TG = biased_TGe.topk(2, -1).values.sum(-1)
+        best_TG = torch.zeros_like(rank_TG, dtype=torch.bool).scatter_(-1, rank_TG.topk(best_groups, -1).indices, True)
+        biased_TGe = biased_TGe.masked_fill(~best_TG[..., None], float("-inf"))
+    ids_TK = biased_TGe.flatten(-2).topk(count, -1).indices
+    weights_TK = scores_TE.gather(-1, ids_TK)
+    if normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return ids_TK, weights_TK * scale
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x), rounded to x's dtype, times weight: [T, D] -> [T, D]."""
     x = x_TD.float()

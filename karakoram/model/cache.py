@@ -46,31 +46,40 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.latent, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.used = capacity, 0, 0
         self.rows = torch.zeros(config.num_hidden_layers, batch, capacity, width, device=device, dtype=dtype)
 
     def append(
         self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `Cache.append`. Raises InputError past the capacity, or for another number of rows than the cache has."""
+        """See `Cache.append`. Raises InputError as `reserve` does."""
+        rows_BSx = self.reserve(layer, positions_BT)
+        batch_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        rows_BSx[batch_B1, positions_BT] = torch.cat((latent_BTL, rope_key_BTR), -1).to(rows_BSx.dtype)
+        used = self.used
+        return rows_BSx[:, :used, : self.latent], rows_BSx[:, :used, self.latent :]
+
+    def reserve(self, layer: int, positions_BT: Tensor) -> Tensor:
+        """A layer's rows [B, S, L + R], to be written at these positions.
+
+        Raises InputError past the capacity, or for another number of rows than the cache has.
+        """
         if positions_BT.shape[0] != self.rows.shape[1]:
             raise InputError(
                 f"{positions_BT.shape[0]} rows do not fit a latent cache of {self.rows.shape[1]}.",
                 "Make the cache with `new_cache(batch=…)` for as many rows as the token ids have.",
             )
-        used = int(positions_BT.max()) + 1
-        if used > self.capacity:
+        if layer == 0:  # every layer of a pass sees the same positions
+            self.used = int(positions_BT.max()) + 1
+        if self.used > self.capacity:
             raise InputError(
-                f"Position {used - 1} does not fit a latent cache of {self.capacity} tokens.",
+                f"Position {self.used - 1} does not fit a latent cache of {self.capacity} tokens.",
                 "Make the cache larger or the prompt shorter.",
             )
-        # every layer sees the same positions; the last one ends the pass, so that `length` is steady during it
+        # the last layer ends the pass, so that `length` is steady during it
         if layer == self.rows.shape[0] - 1:
-            self.length = max(self.length, used)
-        batch_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        rows_BSx = self.rows[layer]
-        rows_BSx[batch_B1, positions_BT] = torch.cat((latent_BTL, rope_key_BTR), -1).to(rows_BSx.dtype)
-        return rows_BSx[:, :used, : self.latent], rows_BSx[:, :used, self.latent :]
+            self.length = max(self.length, self.used)
+        return self.rows[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all batch rows but these (a finished sequence leaves the batch)."""

@@ -69,7 +69,7 @@ class MixtureOfExperts(nn.Module):
         x_ND = x.flatten(0, -2)
         ids_NK, weights_NK = self.gate(x_ND)
         if watch is not None:
-            watch.see_routing(self.layer, ids_NK, self.experts.gate_proj.shape[0])
+            watch.see_routing(self.layer, ids_NK, self.gate.config.n_routed_experts)
         if experts is None:
             routed_ND = self.experts(x_ND, ids_NK, weights_NK)
         else:

@@ -1,11 +1,12 @@
 """How fast a whole model runs, without its weights: true shapes, random int4, prefill and decode.
 
-Weights are chance, in the layout of the kernels, so a model of 9 GB stands in seconds; what is read and multiplied per token
-is what the real one reads and multiplies, only the routing is flatter. `int4` is K2-Thinking's layout (routed experts int4,
-the rest bf16), `int4-all` has every projection and the embedding in int4.
+Weights are chance, in the layout of the kernels, so a model of 9 GB stands in seconds; what is read and multiplied
+per token is what the real one reads and multiplies, only the routing is flatter. `int4` is K2-Thinking's layout
+(routed experts int4, the rest bf16), `int4-all` has every projection and the embedding in int4.
 
-Bytes per token: every packed matrix that one token multiplies with, and the latent cache; the embedding's row is not counted.
-For a model that does not fit, some of its layers are run, and the whole is estimated from the time of each kind of layer.
+Bytes per token: every packed matrix that one token multiplies with, and the latent cache; the embedding's row is not
+counted. For a model that does not fit, some of its layers are run, and the whole is estimated from the time of each
+kind of layer.
 """
 
 import statistics
@@ -118,7 +119,6 @@ def bytes_per_token(model: Transformer, context: int) -> int:
             total += sum(matrix.data.numel() for matrix in module.matrices)
         elif isinstance(module, Int4Experts):
             total += module.packed.records.shape[1] * c.num_experts_per_tok
-            total += sum(matrix.data.numel() for matrix in module.shared or ())
         elif isinstance(module, PackedAttention):
             total += module.keys.data.numel()
             # of kv_b_proj, counted whole above, decoding reads the value half
@@ -173,7 +173,7 @@ def decode(
     return 1 / each, LayerTimes(dense, mixture, max(rest, 0.0))
 
 
-class _timed_layers:  # noqa: N801 - a context manager, used as one word
+class _timed_layers:
     """Adds the seconds of every layer's forward pass to `spent`, by whether it holds a mixture."""
 
     def __init__(self, model: Transformer, spent: dict[bool, list[float]]) -> None:
@@ -238,7 +238,7 @@ def measure(
     }
     if model.config.num_hidden_layers < config.num_hidden_layers:
         result["estimate"] = {
-            "what": f"all {config.num_hidden_layers} layers, from the times of single layers; nothing of it was run whole",
+            "what": f"an estimate for all {config.num_hidden_layers} layers, from the times of single layers",
             "decode_tokens_per_s": estimate(times, config),
         }
     return result

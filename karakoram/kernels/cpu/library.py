@@ -64,10 +64,7 @@ def describe(tensor: Tensor) -> TensorDescriptor:
             f"A {tensor.dtype} tensor of {tensor.ndim} dimensions on {tensor.device} is nothing the CPU kernels take.",
             "They take float32, bfloat16, int32, int64 and uint8 in main memory.",
         )
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    return TensorDescriptor(
-        tensor.data_ptr(), code, tensor.ndim, (ctypes.c_int64 * 4)(*shape), (ctypes.c_int64 * 4)(*strides)
-    )
+    return TensorDescriptor(tensor.data_ptr(), code, tensor.ndim, tuple(tensor.shape), tensor.stride())
 
 
 def describe_packed(data: Tensor, kind: str, outputs: int, inputs: int) -> TensorDescriptor:

@@ -21,6 +21,7 @@ from karakoram.model.packed.modules import (
     PackedEmbedding,
     PackedFeedForward,
     PackedLinear,
+    PackedMixture,
     PackedNorm,
     PackedRouter,
 )
@@ -142,9 +143,11 @@ def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: Mod
         for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
             weights.matrix(f"{stem}.experts.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
     inner = c.n_shared_experts * c.moe_intermediate_size
-    shared = _triple(weights, f"{stem}.shared_experts", c.hidden_size, inner) if inner else None
-    mixture.experts = Int4Experts(experts, shared)  # pyright: ignore[reportAttributeAccessIssue]
-    mixture.shared_experts = None
+    mixture.experts = Int4Experts(experts)  # pyright: ignore[reportAttributeAccessIssue]
+    if inner:
+        shared = PackedFeedForward(*_triple(weights, f"{stem}.shared_experts", c.hidden_size, inner))
+        mixture.shared_experts = shared  # pyright: ignore[reportAttributeAccessIssue]
+    mixture.__class__ = PackedMixture
 
 
 def _pack_attention(attention: LatentAttention, weights: Weights, stem: str) -> None:

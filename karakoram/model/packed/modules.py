@@ -16,6 +16,7 @@ from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache
+from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
 
@@ -71,6 +72,14 @@ class PackedRouter(Router):
         """See `Router.logits`."""
         return ops.linear(x_ND, self.matrix, torch.float32)
 
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Router.forward`."""
+        c = self.config
+        return ops.route(
+            self.logits(x_ND), self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group,
+            c.norm_topk_prob, c.routed_scaling_factor,
+        )  # fmt: skip
+
 
 class PackedFeedForward(nn.Module):
     """SwiGLU on packed matrices: gate, up, down."""
@@ -85,15 +94,29 @@ class PackedFeedForward(nn.Module):
 
 
 class Int4Experts(nn.Module):
-    """The routed experts of a layer and, in the same call and the same float32 sum, the shared one."""
+    """The routed experts of a layer, as an `ExpertBank` has them."""
 
-    def __init__(self, experts: PackedExperts, shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None) -> None:
+    def __init__(self, experts: PackedExperts) -> None:
         super().__init__()
-        self.packed, self.shared = experts, shared
+        self.packed = experts
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """See `ExpertBank.__call__`; with the shared expert's output in it."""
-        return ops.moe_int4(x_ND, ids_NK, weights_NK, self.packed, self.shared)
+        """See `ExpertBank.__call__`."""
+        return ops.moe_int4(x_ND, ids_NK, weights_NK, self.packed)
+
+
+class PackedMixture(MixtureOfExperts):
+    """Routed and shared experts in one call and one float32 sum; with another bank, as the plain one."""
+
+    def forward(self, x: Tensor, experts: ExpertBank | None = None, watch: Watch | None = None) -> Tensor:
+        """See `MixtureOfExperts.forward`."""
+        if experts is not None or watch is not None:
+            return super().forward(x, experts, watch)
+        x_ND = x.reshape(-1, x.shape[-1])
+        bank, shared = self.experts, self.shared_experts
+        assert isinstance(bank, Int4Experts) and (shared is None or isinstance(shared, PackedFeedForward))
+        routed_ND = ops.moe_int4(x_ND, *self.gate(x_ND), bank.packed, None if shared is None else shared.matrices)
+        return routed_ND.view(x.shape)
 
 
 class PackedAttention(LatentAttention):
@@ -115,20 +138,26 @@ class PackedAttention(LatentAttention):
         """As `LatentAttention.forward`."""
         if x_BTD.shape[1] > ABSORB_UP_TO or not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
             return super().forward(x_BTD, rotation, positions_BT, cache, watch)
-        q_nope, q_rope, latent, k_rope = self.project(x_BTD, rotation)
-        cache.append(self.layer, latent, k_rope, positions_BT)
-        return self.o_proj(self.decode(q_nope, q_rope, cache.rows[self.layer], positions_BT))
+        rows_BSx = cache.reserve(self.layer, positions_BT)
+        return self.o_proj(self.decode(x_BTD, rotation, positions_BT, rows_BSx))
 
-    def decode(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, rows_BSx: Tensor, positions_BT: Tensor) -> Tensor:
-        """`absorbed` on the kernels, every query as a sequence of its own: [B, T, H·V]."""
+    def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], positions_BT: Tensor, rows_BSx: Tensor) -> Tensor:
+        """`project` and `absorbed` on the kernels, every query as a sequence of its own: [B, T, H·V]."""
         c = self.config
-        batch, count = positions_BT.shape
-        q_nope, q_rope = q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1)
-        q = torch.cat((ops.linear_by_head(q_nope, self.keys, c.kv_lora_rank), q_rope), -1)
-        rows = rows_BSx[:, None].expand(-1, count, -1, -1).flatten(0, 1) if count == 1 or batch == 1 else None
-        if rows is None:
-            rows = rows_BSx.repeat_interleave(count, 0)
-        mixed = ops.mla_decode(q, rows, positions_BT.flatten() + 1, c.kv_lora_rank, self.scale)
+        x_nD, positions_n = x_BTD.flatten(0, 1), positions_BT.flatten().contiguous()
+        q_nD = self.q_proj(x_nD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_nD)))
+        q_nHx = q_nD.unflatten(-1, (c.num_attention_heads, -1))
+        q_nope, q_rope = q_nHx[..., : c.qk_nope_head_dim], q_nHx[..., c.qk_nope_head_dim :]
+        queries = torch.empty(*q_nHx.shape[:2], rows_BSx.shape[-1], dtype=q_nHx.dtype)
+        norm, cos, sin = self.kv_a_layernorm, rotation[0].flatten(0, 1), rotation[1].flatten(0, 1)
+        ops.latent_append(
+            self.kv_a_proj_with_mqa(x_nD), norm.weight, norm.eps, q_rope, cos, sin, positions_n, rows_BSx, queries
+        )
+        ops.linear_by_head(q_nope, self.keys, c.kv_lora_rank, out=queries[..., : c.kv_lora_rank])
+        count = positions_BT.shape[1]
+        if count > 1:
+            rows_BSx = rows_BSx.repeat_interleave(count, 0) if len(rows_BSx) > 1 else rows_BSx.expand(count, -1, -1)
+        mixed = ops.mla_decode(queries, rows_BSx, positions_n + 1, c.kv_lora_rank, self.scale)
         assert isinstance(self.kv_b_proj, PackedLinear)
         out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
-        return out.view(batch, count, -1)
+        return out.view(*positions_BT.shape, -1)

@@ -96,6 +96,18 @@ void k2_moe_drop(k2_moe* handle);
 k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, const k2_tensor* blocks, const k2_tensor* lengths,
                         int64_t latent, float scale, k2_tensor* out);
 
+// Before attention, for new tokens, `tokens_per_row` of each cache row after another: kv bf16 [n, L + R] is normed (norm bf16
+// [L]) and rotated (cos, sin f32 [n, R/2], pairs interleaved) into cache bf16 [B, S, L + R] at positions i64 [n]; q_rope bf16
+// [n, H, R] is rotated into queries[:, :, L:], queries bf16 [n, H, L + R].
+k2_status k2_latent_append(const k2_tensor* kv, const k2_tensor* norm, float eps, const k2_tensor* q_rope,
+                           const k2_tensor* cos, const k2_tensor* sin, const k2_tensor* positions, int64_t tokens_per_row,
+                           k2_tensor* cache, k2_tensor* queries);
+
+// logits f32 [T, E], bias f32 [E] -> ids i64 [T, K], weights f32 [T, K]: the K best of sigmoid(logits) + bias within the best
+// groups, weighed by their plain scores, normalised if asked, times scale.
+k2_status k2_route(const k2_tensor* logits, const k2_tensor* bias, int64_t groups, int64_t best_groups, int32_t normalise,
+                   float scale, k2_tensor* ids, k2_tensor* weights);
+
 // y = x / rms(x) · weight over the last dimension: x, y bf16 [T, D], weight bf16 [D]; sums and products in f32.
 k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y);
 

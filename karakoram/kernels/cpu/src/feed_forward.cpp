@@ -1,5 +1,5 @@
-// Two rounds with a barrier between them: all panels of gate and up, then all of down. An item of work is one panel of one
-// job (gate and up beside each other, so that silu · up happens while both are in the cache), or two panels of down.
+// Two rounds with a barrier between them: all panels of gate and up, then all of down. An item of work is some panels of one
+// job: of gate and up beside each other, so that silu · up happens while both are in the cache, or of down, two at a time.
 #include "feed_forward.hpp"
 
 #include <algorithm>
@@ -38,8 +38,7 @@ bool gate_and_up(const Kernels& k, const FeedForward& job, int64_t panel) {
   return true;
 }
 
-bool down(const Kernels& k, const FeedForward& job, int64_t pair) {
-  const int64_t panel = 2 * pair;
+bool down(const Kernels& k, const FeedForward& job, int64_t panel) {
   const int count = panel + 1 < job.down.panels() ? 2 : 1;
   float* y = static_cast<float*>(thread_scratch(1, static_cast<size_t>(job.rows * 32 * 4)));
   if (!y) return false;
@@ -56,15 +55,21 @@ bool down(const Kernels& k, const FeedForward& job, int64_t pair) {
 
 bool run(const Kernels& k, const std::vector<FeedForward>& jobs) {
   std::atomic<bool> good{true};
-  const Items wide(jobs, [](const FeedForward& job) { return job.gate.panels(); });
+  const auto together = [&](const FeedForward& job, const Matrix& m) { return panels_together(k, m, job.rows); };
+  const auto steps = [](int64_t panels, int64_t each) { return (panels + each - 1) / each; };
+  const Items wide(jobs, [&](const FeedForward& job) { return steps(job.gate.panels(), together(job, job.gate)); });
   parallel(wide.total(), [&](int64_t item, int) {
     const size_t j = wide.job_of(item);
-    if (!gate_and_up(k, jobs[j], item - wide.first[j])) good = false;
+    const int64_t each = together(jobs[j], jobs[j].gate), first = (item - wide.first[j]) * each;
+    for (int64_t p = first; p < std::min(first + each, jobs[j].gate.panels()); p++)
+      if (!gate_and_up(k, jobs[j], p)) good = false;
   });
-  const Items narrow(jobs, [](const FeedForward& job) { return (job.down.panels() + 1) / 2; });
+  const Items narrow(jobs, [&](const FeedForward& job) { return steps(job.down.panels(), together(job, job.down)); });
   parallel(narrow.total(), [&](int64_t item, int) {
     const size_t j = narrow.job_of(item);
-    if (!down(k, jobs[j], item - narrow.first[j])) good = false;
+    const int64_t each = together(jobs[j], jobs[j].down), first = (item - narrow.first[j]) * each;
+    for (int64_t p = first; p < std::min(first + each, jobs[j].down.panels()); p += 2)
+      if (!down(k, jobs[j], p)) good = false;
   });
   return good;
 }

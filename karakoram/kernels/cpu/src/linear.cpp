@@ -70,8 +70,10 @@ k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
     in = copy.get();
   }
   std::atomic<bool> good{true};
-  parallel((m.panels() + 1) / 2, [&](int64_t pair, int) {
-    if (!two_panels(k, m, 2 * pair, in, ldx, *y)) good = false;
+  const int64_t each = panels_together(k, m, x->shape[0]);
+  parallel((m.panels() + each - 1) / each, [&](int64_t item, int) {
+    for (int64_t p = item * each; p < (item + 1) * each && p < m.panels(); p += 2)
+      if (!two_panels(k, m, p, in, ldx, *y)) good = false;
   });
   return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
 }

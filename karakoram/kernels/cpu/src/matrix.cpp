@@ -29,6 +29,13 @@ k2_status as_matrix(const char* name, const k2_tensor* tensor, Matrix* out) {
   return K2_OK;
 }
 
+int64_t panels_together(const Kernels& k, const Matrix& m, int64_t rows) {
+  constexpr int64_t kStretchBytes = 1 << 16;
+  if (rows > k.gemv_rows) return 2;
+  const int64_t pairs = kStretchBytes / (2 * m.panel_bytes());
+  return 2 * (pairs < 1 ? 1 : pairs > 8 ? 8 : pairs);
+}
+
 static void few_rows(const Kernels& k, int64_t rows, const void* x, int64_t ldx, const Side& side, float* out, int64_t ldo) {
   const Matrix& m = *side.matrix;
   if (m.dtype == K2_INT4_PANELS)

@@ -34,6 +34,10 @@ int64_t packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs);
 
 k2_status as_matrix(const char* name, const k2_tensor* tensor, Matrix* out);
 
+// How many neighbouring panels one item of work takes: with few rows a thread should stay on one stretch of memory for some
+// 64 KB, since every jump costs the latency of a read; with many rows one panel is work enough.
+int64_t panels_together(const Kernels& k, const Matrix& m, int64_t rows);
+
 // Activations of `rows` rows (padded to the block) times panels [first, first + count) of up to two matrices side by side:
 // out[r][16·i + n]. At most 2 panels in all. Uses scratch slot 0 of the thread.
 struct Side {

@@ -1,0 +1,1 @@
+"""Kernels against the limits of the machine: memory that is read, products that torch multiplies."""

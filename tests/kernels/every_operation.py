@@ -1,0 +1,126 @@
+"""Goes through every operation with odd shapes, on the library given: `every_operation.py LIBRARY`, under sanitizers.
+
+Results are compared too, so that what is read beside its place shows even where no sanitizer looks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from karakoram.errors import KarakoramError
+from karakoram.kernels import ops, packed, reference
+from karakoram.kernels.cpu.library import Library, describe, describe_packed
+from tests.kernels import drawn
+
+ROUNDED = 2**-7
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert drawn.deviation(found, expected) < ROUNDED
+
+
+def packing(lib: Library) -> None:
+    for outputs, inputs in ((1, 32), (5, 96), (33, 64), (48, 1408)):
+        codes, scale = drawn.int4_parts(outputs, inputs)
+        matrix = ops.pack_int4(codes, scale)
+        assert torch.equal(matrix.data, packed.pack_int4(codes, scale))
+        back, back_scale = torch.empty_like(codes), torch.empty_like(scale)
+        panels = describe_packed(matrix.data, "int4", outputs, inputs)
+        lib.call("k2_unpack_int4", panels, describe(back), describe(back_scale))
+        assert torch.equal(back, codes) and torch.equal(back_scale, scale)
+
+
+def matrices() -> None:
+    for kind in drawn.KINDS:
+        for outputs, inputs in ((1, 32), (17, 96), (100, 544), (1, 1), (3, 7), (130, 131)):
+            if kind == "int4" and inputs % 32:
+                continue
+            weight = drawn.matrix(kind, outputs, inputs)
+            for tokens in (0, 1, 8, 9, 25, 40):
+                x = drawn.rows(tokens, inputs, inputs + 3)
+                near(ops.linear(x, weight), reference.linear(x, weight))
+        for hidden, width in ((32, 32), (96, 160)):
+            parts, x = drawn.feed_forward(kind, hidden, width), drawn.rows(19, hidden)
+            near(ops.mlp(x, *parts), reference.mlp(x, *parts))
+        weight, x = drawn.matrix(kind, 3 * 48, 96), drawn.rows(5 * 3, 96).view(5, 3, 96)
+        near(ops.linear_by_head(x, weight, 32, 16), reference.linear_by_head(x, weight, 32, 16))
+
+
+def mixtures() -> None:
+    for count, hidden, intermediate, tokens, slots in (
+        (1, 32, 32, 1, 1),
+        (4, 96, 160, 7, 3),
+        (5, 224, 32, 70, 2),
+        (3, 64, 64, 0, 2),
+        (2, 1056, 32, 9, 2),
+    ):
+        x, experts = drawn.rows(tokens, hidden, hidden + 5), drawn.experts(count, hidden, intermediate)
+        ids, weights = drawn.routing(tokens, count, slots, torch.int32)
+        shared = drawn.feed_forward("bf16", hidden, 40)
+        expected = reference.moe_int4(x, ids, weights, experts, shared)
+        near(ops.moe_int4(x, ids, weights, experts, shared), expected)
+        step = ops.MoeInt4(x, ids, weights, count, intermediate)
+        for e in range(count):
+            step.experts([e], [experts.records[e]])
+        near(step.finish(shared), expected)
+        del ids
+        ops.MoeInt4(x, torch.zeros_like(weights, dtype=torch.int64), weights, count, intermediate)  # dropped
+
+
+def attention() -> None:
+    for batch, heads, latent, rope, lengths in (
+        (1, 1, 5, 2, [3]),
+        (2, 17, 40, 0, [129, 127]),
+        (3, 33, 64, 32, [1025, 1, 140]),
+        (0, 2, 16, 16, []),
+    ):
+        slots, width = max(lengths, default=1), latent + rope
+        q = drawn.rows(batch * heads, width, width + 1).unflatten(0, (batch, heads))
+        cache, length = drawn.rows(batch * slots, width).view(batch, slots, width), torch.tensor(lengths).long()
+        if not batch:
+            assert ops.mla_decode(q, cache, length, latent, 0.2).shape == (0, heads, latent)
+            continue
+        expected = reference.mla_decode(q, cache, length, latent, 0.2)
+        near(ops.mla_decode(q, cache, length, latent, 0.2), expected)
+        pool, blocks = drawn.in_blocks(cache, 7)
+        near(ops.mla_decode(q, pool, length, latent, 0.2, blocks), expected)
+
+
+def norms() -> None:
+    for tokens, width in ((1, 1), (3, 7), (9, 300), (0, 16)):
+        x, weight = drawn.rows(tokens, width, width + 1), drawn.rows(1, width)[0]
+        near(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+
+
+def refusals() -> None:
+    for call in (
+        lambda: ops.linear(drawn.rows(1, 63), drawn.matrix("bf16", 16, 64)),
+        lambda: ops.MoeInt4(drawn.rows(2, 64), torch.tensor([[0], [9]]), torch.rand(2, 1), 3, 32),
+        lambda: ops.MoeInt4(drawn.rows(2, 64), torch.tensor([[0], [1]]), torch.rand(2, 1), 3, 32).finish(),
+        lambda: ops.mla_decode(drawn.rows(1, 64)[None], drawn.rows(3, 64)[None], torch.tensor([4]), 32, 1.0),
+    ):
+        try:
+            call()
+        except KarakoramError:
+            continue
+        raise AssertionError("something impossible was computed")
+
+
+def main() -> None:
+    lib = Library(Path(sys.argv[1]))
+    ops._prepared = lambda: lib  # type: ignore[assignment]
+    torch.manual_seed(0)
+    for threads in {1, lib.threads}:
+        with ops.using(threads=threads):
+            packing(lib)
+            matrices()
+            mixtures()
+            attention()
+            norms()
+            refusals()
+    print(f"all done on {lib.isa}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Every operation on every instruction set against its plain twin.
+
+Distances are those of the row that is furthest off, relative to its length (`drawn.deviation`). Three tolerances:
+  SUMMED   the same bf16 numbers multiplied and summed in float32 in another order: n · 2^-24 with n of some hundreds
+  DECODED  few rows multiply int4 codes and scale a group's sum once, in float32, where the twin rounds every weight to
+           bf16: each differs by at most 2^-9 of itself, all of them together by less than 2^-9
+  ROUNDED  the result, and on bf16 instruction sets one activation in between, is rounded to bf16: 2^-9 at most each on
+           either side; they may meet where a row has a single number
+"""
+
+import pytest
+import torch
+
+from karakoram.kernels import ops, reference
+from karakoram.kernels.packed import Kind
+from tests.kernels import drawn
+from tests.kernels.drawn import deviation
+
+SUMMED, DECODED, ROUNDED = 2e-5, 2**-9, 2**-7
+ROW_COUNTS = [1, 2, 7, 8, 9, 24, 25, 33]  # on either side of where tiles take over: 8 rows, or 24
+
+
+@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize("tokens", ROW_COUNTS)
+def test_linear(isa: str, kind: Kind, tokens: int) -> None:
+    x, weight = drawn.rows(tokens, 672), drawn.matrix(kind, 52, 672)
+    expected = reference.linear(x, weight, torch.float32)
+    found = ops.linear(x, weight, torch.float32)
+    assert deviation(found, expected) < (DECODED if kind == "int4" else SUMMED)
+    assert torch.equal(ops.linear(x, weight), found.to(torch.bfloat16))
+
+
+def test_many_rows_multiply_exactly_the_checkpoints_int4_weights(isa: str) -> None:
+    x, weight = drawn.rows(40, 672), drawn.matrix("int4", 52, 672)
+    assert deviation(ops.linear(x, weight, torch.float32), reference.linear(x, weight, torch.float32)) < SUMMED
+
+
+@pytest.mark.parametrize("kind", drawn.KINDS)
+def test_one_weight_at_a_time(isa: str, kind: Kind) -> None:
+    """A unit vector picks out one input: every weight is where it should be, and no other is touched."""
+    weight = drawn.matrix(kind, 20, 96)
+    one = torch.eye(96, dtype=torch.bfloat16)
+    assert torch.equal(ops.linear(one, weight).T, weight.dense())
+
+
+@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize(("tokens", "heads", "each", "first", "outputs"), [(1, 3, 48, 0, 32), (27, 4, 64, 16, 48)])
+def test_linear_by_head(isa: str, kind: Kind, tokens: int, heads: int, each: int, first: int, outputs: int) -> None:
+    weight = drawn.matrix(kind, heads * each, 160)
+    x = drawn.rows(tokens * heads, 160).view(tokens, heads, 160)
+    expected = reference.linear_by_head(x, weight, outputs, first)
+    assert deviation(ops.linear_by_head(x, weight, outputs, first), expected) < ROUNDED
+
+
+@pytest.mark.parametrize("kinds", [("int4", "int4"), ("bf16", "bf16"), ("fp8", "fp8"), ("int4", "bf16")])
+@pytest.mark.parametrize("tokens", [1, 9, 33])
+def test_mlp(isa: str, kinds: tuple[Kind, Kind], tokens: int) -> None:
+    x, parts = drawn.rows(tokens, 288), drawn.feed_forward(kinds[0], 288, 160, kinds[1])
+    assert deviation(ops.mlp(x, *parts), reference.mlp(x, *parts)) < ROUNDED
+
+
+@pytest.mark.parametrize("shared", [None, "int4", "bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 12, 80])
+def test_moe_int4(isa: str, shared: Kind | None, tokens: int) -> None:
+    x, experts = drawn.rows(tokens, 288), drawn.experts(5, 288, 96)
+    beside = drawn.feed_forward(shared, 288, 160) if shared else None
+    ids, weights = drawn.routing(tokens, 5, 3)
+    expected = reference.moe_int4(x, ids, weights, experts, beside)
+    assert deviation(ops.moe_int4(x, ids, weights, experts, beside), expected) < ROUNDED
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "latent", "rope", "slots"),
+    [(1, 4, 128, 32, 7), (2, 20, 512, 64, 300), (3, 17, 48, 8, 1100), (2, 33, 40, 0, 140), (1, 1, 5, 2, 3)],
+)
+def test_mla_decode(isa: str, batch: int, heads: int, latent: int, rope: int, slots: int) -> None:
+    q = drawn.rows(batch * heads, latent + rope).view(batch, heads, -1)
+    cache = drawn.rows(batch * slots, latent + rope).view(batch, slots, -1)
+    lengths = torch.randint(1, slots + 1, (batch,))
+    lengths[0] = slots
+    expected = reference.mla_decode(q, cache, lengths, latent, 0.2)
+    assert deviation(ops.mla_decode(q, cache, lengths, latent, 0.2), expected) < ROUNDED
+    pool, blocks = drawn.in_blocks(cache, 16)
+    assert torch.equal(reference.mla_decode(q, pool, lengths, latent, 0.2, blocks), expected)
+    assert deviation(ops.mla_decode(q, pool, lengths, latent, 0.2, blocks), expected) < ROUNDED
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 300, 2048])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_rms_norm(isa: str, width: int, tokens: int) -> None:
+    x, weight = 3 * drawn.rows(tokens, width), drawn.rows(1, width)[0]
+    assert deviation(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < ROUNDED
+
+
+def test_rms_norm_of_zeros_is_zero(isa: str) -> None:
+    assert not ops.rms_norm(torch.zeros(2, 40, dtype=torch.bfloat16), drawn.rows(1, 40)[0], 1e-6).any()
+
+
+def test_silu_at_both_ends(isa: str) -> None:
+    """Gates of ±200: e^200 is beyond float32, the result must be neither infinite nor NaN."""
+    gate = torch.full((16, 64), 3.125, dtype=torch.bfloat16)
+    gate[8:] *= -1
+    parts = [ops.pack_bf16(w) for w in (gate, torch.ones_like(gate), torch.ones(8, 16, dtype=torch.bfloat16))]
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    assert deviation(ops.mlp(x, *parts), reference.mlp(x, *parts)) < ROUNDED
+    assert deviation(ops.mlp(-x, *parts), reference.mlp(-x, *parts)) < ROUNDED
+
+
+def test_attention_to_one_token_among_many(isa: str) -> None:
+    """A score far above the others, late in the context: what was summed before must fade to nothing."""
+    cache = 0.1 * drawn.rows(1200, 96).view(1, 1200, 96)
+    cache[0, 1190] = 20
+    q = torch.full((1, 3, 96), 1.0, dtype=torch.bfloat16)
+    found = ops.mla_decode(q, cache, torch.tensor([1200]), 64, 1.0)
+    assert torch.equal(found, torch.full((1, 3, 64), 20.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("implementation", ["reference", None, "cpu"])
+def test_the_implementation_can_be_named(lib: object, implementation: str | None) -> None:
+    x, weight = drawn.rows(3, 64), drawn.matrix("int4", 16, 64)
+    found = ops.linear(x, weight, implementation=implementation)
+    same = torch.equal(found, reference.linear(x, weight))
+    assert same if implementation == "reference" else deviation(found, reference.linear(x, weight)) < ROUNDED

@@ -1,0 +1,134 @@
+"""Results do not depend on how work is shared, on the order in which experts come, or on who else is in the batch."""
+
+from random import Random
+
+import pytest
+import torch
+
+from karakoram.errors import InputError
+from karakoram.kernels import ops
+from karakoram.kernels.cpu.library import Library
+from karakoram.kernels.ops import MoeInt4
+from karakoram.kernels.packed import PackedExperts
+from tests.kernels import drawn
+
+LENGTHS = [127, 128, 129, 1023, 1024, 1025, 2049]  # either side of a stretch of attention, and of a piece
+
+
+@pytest.fixture
+def two_threads(lib: Library) -> None:
+    try:
+        with ops.using(threads=2):
+            pass
+    except InputError:
+        pytest.skip("this process may use one core only")
+
+
+def every_result(tokens: int) -> list[torch.Tensor]:
+    """Of every operation on the same random numbers."""
+    torch.manual_seed(11)
+    x, experts, shared = drawn.rows(tokens, 288), drawn.experts(6, 288, 96), drawn.feed_forward("bf16", 288, 160)
+    ids, weights = drawn.routing(tokens, 6, 3)
+    q, cache = drawn.rows(2 * 17, 96).view(2, 17, 96), drawn.rows(2 * 1300, 96).view(2, 1300, 96)
+    return [
+        *(ops.linear(x, drawn.matrix(kind, 200, 288)) for kind in drawn.KINDS),
+        ops.linear_by_head(x.view(-1, 3, 96), drawn.matrix("bf16", 144, 96), 32, 16),
+        ops.mlp(x, *shared),
+        ops.moe_int4(x, ids, weights, experts, shared),
+        ops.mla_decode(q, cache, torch.tensor([1300, 1029]), 64, 0.2),
+        ops.rms_norm(x, x[0], 1e-6),
+    ]
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_with_one_thread_and_with_two(isa: str, two_threads: None, tokens: int) -> None:
+    with ops.using(threads=1):
+        alone = every_result(tokens)
+    with ops.using(threads=2):
+        for _ in range(2):  # who does what differs from run to run
+            for one, both in zip(alone, every_result(tokens)):
+                assert torch.equal(one, both)
+
+
+def given_in_groups(step: MoeInt4, experts: PackedExperts, draw: Random) -> None:
+    """All of them, in random order and groups, some twice."""
+    order = [*range(experts.experts), *draw.choices(range(experts.experts), k=2)]
+    draw.shuffle(order)
+    while order:
+        group = [order.pop() for _ in range(min(len(order), draw.randint(1, 4)))]
+        step.experts(group, [experts.records[e] for e in group])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+@pytest.mark.parametrize("with_shared", [False, True])
+def test_experts_in_any_order_and_grouping(isa: str, tokens: int, with_shared: bool) -> None:
+    experts, x, (ids, weights) = drawn.experts(8, 96, 64), drawn.rows(tokens, 96), drawn.routing(tokens, 8, 3)
+    shared = drawn.feed_forward("int4", 96, 32) if with_shared else None
+    expected = ops.moe_int4(x, ids, weights, experts, shared)
+    for seed in range(5):
+        step = MoeInt4(x, ids, weights, 8, 64)
+        given_in_groups(step, experts, Random(seed))
+        assert torch.equal(step.finish(shared), expected)
+
+
+def test_an_expert_given_twice_counts_once(lib: Library) -> None:
+    """Also within one call, and with another record the second time: the first one counts."""
+    experts, x, (ids, weights) = drawn.experts(2, 96, 64), drawn.rows(9, 96), drawn.routing(9, 1, 2)
+    step = MoeInt4(x, ids, weights, 2, 64)
+    step.experts([0, 0], [experts.records[0], experts.records[1]])
+    step.experts([0], [experts.records[1]])
+    assert torch.equal(step.finish(), ops.moe_int4(x, ids, weights, experts))
+
+
+def test_experts_without_tokens_need_no_record(lib: Library) -> None:
+    experts, x, (ids, weights) = drawn.experts(3, 64, 32), drawn.rows(4, 64), drawn.routing(4, 1, 2)
+    step = MoeInt4(x, ids, weights, 3, 32)
+    step.experts([2, 0, 1], [torch.empty(0, dtype=torch.uint8), experts.records[0], torch.empty(0, dtype=torch.uint8)])
+    assert torch.equal(step.finish(), ops.moe_int4(x, ids, weights, experts))
+
+
+def test_the_instruction_set_of_the_beginning_is_kept(lib: Library) -> None:
+    experts, x, (ids, weights) = drawn.experts(3, 64, 32), drawn.rows(30, 64), drawn.routing(30, 3, 2)
+    with ops.using("scalar"):
+        expected = ops.moe_int4(x, ids, weights, experts)
+        step = MoeInt4(x, ids, weights, 3, 32)
+    step.experts([0, 1, 2], list(experts.records))
+    assert torch.equal(step.finish(), expected)
+
+
+@pytest.mark.parametrize(("latent", "rope"), [(64, 32), (48, 24)])  # rows used where they lie, and copied first
+def test_attention_contiguous_in_blocks_alone_and_in_a_batch(isa: str, latent: int, rope: int) -> None:
+    batch, heads, slots = len(LENGTHS), 3, max(LENGTHS)
+    q = drawn.rows(batch * heads, latent + rope).view(batch, heads, -1)
+    cache = drawn.rows(batch * slots, latent + rope).view(batch, slots, -1)
+    lengths = torch.tensor(LENGTHS)
+    expected = ops.mla_decode(q, cache, lengths, latent, 0.2)
+    for size in (16, 64, 7):
+        pool, blocks = drawn.in_blocks(cache, size)
+        assert torch.equal(ops.mla_decode(q, pool, lengths, latent, 0.2, blocks), expected)
+    for b in range(batch):
+        alone = ops.mla_decode(q[b : b + 1], cache[b : b + 1, : LENGTHS[b]], lengths[b : b + 1], latent, 0.2)
+        assert torch.equal(alone[0], expected[b])
+
+
+def test_what_lies_behind_a_sequence_is_never_read(isa: str) -> None:
+    q, cache, lengths = drawn.rows(6, 72).view(2, 3, 72), drawn.rows(400, 72).view(2, 200, 72), torch.tensor([130, 33])
+    expected = ops.mla_decode(q, cache, lengths, 48, 0.2)
+    for b in range(2):
+        cache[b, lengths[b] :] = float("nan")
+    assert torch.equal(ops.mla_decode(q, cache, lengths, 48, 0.2), expected)
+    pool, blocks = drawn.in_blocks(cache, 16)
+    for b in range(2):
+        blocks[b, -(-int(lengths[b]) // 16) :] = -1  # not given yet
+    assert torch.equal(ops.mla_decode(q, pool, lengths, 48, 0.2, blocks), expected)
+
+
+def test_a_token_does_not_depend_on_others_in_the_tile(isa: str) -> None:
+    """A NaN in one row stays there."""
+    x, weight, parts = drawn.rows(40, 96), drawn.matrix("int4", 48, 96), drawn.feed_forward("bf16", 96, 64)
+    before = ops.linear(x, weight), ops.mlp(x, *parts)
+    x[17] = float("nan")
+    others = [t for t in range(40) if t != 17]
+    for found, expected in zip((ops.linear(x, weight), ops.mlp(x, *parts)), before):
+        assert torch.equal(found[others], expected[others])
+        assert bool(found[17].isnan().all())
