@@ -121,6 +121,36 @@ def attention(
     _finish(attention_bench(heads, contexts, batches, _threads(threads), isa and isa.value, _progress()), as_json)
 
 
+@bench_command.command("model")
+def model(
+    preset: Annotated[str, typer.Option(help="Whose shape; see `k2 inspect`.")] = "moonlight-16b",
+    weight_format: Annotated[
+        str, typer.Option("--format", help="int4: experts only, as published; int4-all.")
+    ] = "int4",
+    prompt: Annotated[str, typer.Option(metavar="N,N,…", help="Prompt lengths, a row for each.")] = "128,512,2048",
+    generate: Annotated[int, typer.Option(min=1, help="Tokens to decode after the first prompt.")] = 64,
+    layers: Annotated[int | None, typer.Option(min=1, help="Run so many layers and estimate all from them.")] = None,
+    threads: Threads = None,
+    isa: IsaOption = None,
+    as_json: Json = False,
+) -> None:
+    """A whole model of a preset's shape with random weights: prefill and decode.
+
+    \b
+    Examples:
+      k2 bench model --preset moonlight-16b --format int4-all --threads 2
+      k2 bench model --preset k2 --layers 2
+    """
+    prompts = _numbers(prompt, "--prompt")
+    from karakoram.evals.bench.model import model_bench
+
+    chosen = isa and isa.value
+    report = model_bench(preset, weight_format, prompts, generate, layers, _threads(threads), chosen, _progress())
+    _finish(report, as_json)
+    if "estimate" in report and not as_json:
+        typer.echo(f"{report['estimate']['what']}: {report['estimate']['decode_tokens_per_s']:.3g} tokens/s decoded.")
+
+
 # ------------------------------------------------------------------------------------------------ in and out
 
 

@@ -29,7 +29,7 @@ from karakoram.formats import fp8_block, int4_group
 LAYOUT_VERSION = 1  # K2_LAYOUT_VERSION in karakoram.h
 PANEL, BLOCK = 16, 64
 Kind = Literal["int4", "bf16", "fp8"]
-_BLOCK_BYTES: dict[Kind, int] = {"int4": 576, "bf16": 2 * PANEL * BLOCK, "fp8": PANEL * BLOCK}
+BLOCK_BYTES: dict[Kind, int] = {"int4": 576, "bf16": 2 * PANEL * BLOCK, "fp8": PANEL * BLOCK}
 _MAGIC = b"K2PANELS"
 _PAGE = 4096  # records on disk are aligned for O_DIRECT
 
@@ -37,7 +37,7 @@ _PAGE = 4096  # records on disk are aligned for O_DIRECT
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
     """Bytes of a packed matrix [outputs, inputs]."""
     scales = 4 * -(-outputs // 128) * -(-inputs // 128) if kind == "fp8" else 0
-    return -(-outputs // PANEL) * -(-inputs // BLOCK) * _BLOCK_BYTES[kind] + scales
+    return -(-outputs // PANEL) * -(-inputs // BLOCK) * BLOCK_BYTES[kind] + scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def pack_int4(codes: Tensor, scale: Tensor) -> Tensor:
 def unpack_int4(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
     """Back to weight_packed int32 [N, K/8] and weight_scale bf16 [N, K/32], bit for bit (twin of k2_unpack_int4)."""
     blocks = -(-matrix.inputs // BLOCK)
-    data = matrix.data.view(-1, blocks, _BLOCK_BYTES["int4"])
+    data = matrix.data.view(-1, blocks, BLOCK_BYTES["int4"])
     lanes = data[..., :512].contiguous().view(torch.int32).view(-1, blocks, 2, 4, PANEL)
     shift_jb = 4 * torch.arange(4)[:, None] + 16 * torch.arange(2)[None]
     q = (lanes[..., None, None] >> shift_jb) & 15

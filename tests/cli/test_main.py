@@ -13,7 +13,7 @@ import typer
 from karakoram.cli import main
 from karakoram.errors import CheckpointError
 
-OURS = ["chat", "generate", "convert", "train", "eval"]
+OURS = ["chat", "generate", "convert", "quantize", "train", "eval"]
 
 
 def k2(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

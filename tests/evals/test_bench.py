@@ -253,3 +253,26 @@ def test_a_table_has_a_line_for_every_row() -> None:
     assert [column.header for column in shown.columns][:4] == ["tokens", "ms", "GB/s", "of reading"]
     assert "plain torch · 1 thread · torch" in table.heading(found)[0]
     assert "10.0 GB/s before" in table.heading(found)[1]
+
+
+def test_a_whole_model_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nano's shape: rates and bytes are consistent, and part of the layers stands for all."""
+    from karakoram.evals.bench import memory, model
+
+    monkeypatch.setattr(memory, "BUFFER_BYTES", 1 << 22)
+    report = model.model_bench("nano", "int4-all", [8, 40], 4, layers=3)
+    assert [row["phase"] for row in report["rows"]] == ["prefill", "prefill", "decode"]
+    assert [row["prompt_tokens"] for row in report["rows"]] == [8, 40, 8]
+    decode = report["rows"][-1]
+    assert decode["gb_per_s"] == pytest.approx(decode["bytes_per_token"] * decode["tokens_per_s"] / 1e9)
+    assert report["layers"] == 3 and report["estimate"]["decode_tokens_per_s"] > 0 and report["peak_memory_bytes"] > 0
+    experts_only = model.bytes_per_token(model.build(model.ModelConfig.preset("nano"), "int4", 3), 10)
+    assert experts_only > 2 * decode["bytes_per_token"]  # bf16 head and attention
+
+
+@pytest.mark.parametrize(("weight_format", "layers"), [("int3", None), ("int4", 1), ("int4", 99)])
+def test_a_model_that_cannot_be(weight_format: str, layers: int | None) -> None:
+    from karakoram.evals.bench import model
+
+    with pytest.raises(InputError):
+        model.build(model.ModelConfig.preset("nano"), weight_format, layers)

@@ -9,10 +9,11 @@ counted. For a model that does not fit, some of its layers are run, and the whol
 kind of layer.
 """
 
+import resource
 import statistics
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,18 @@ from torch import Tensor
 
 from karakoram.config import ModelConfig
 from karakoram.errors import InputError
+from karakoram.evals.bench.report import Say, bracketed, silent
 from karakoram.formats import int4_group
-from karakoram.kernels.packed import PackedMatrix, packed_bytes
+from karakoram.kernels.packed import BLOCK_BYTES, PackedMatrix, packed_bytes
+from karakoram.model import cost
 from karakoram.model.packed.assemble import assemble
 from karakoram.model.packed.modules import Int4Experts, PackedAttention, PackedFeedForward, PackedLinear
 from karakoram.model.transformer import Transformer
 
 FORMATS = ("int4", "int4-all")
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+_INT4_BYTES = BLOCK_BYTES["int4"]
+_SCALES_AT = 16 * 64 // 2  # behind the codes of 16 outputs × 64 inputs
 _PATTERN_BLOCKS = 1 << 16  # 64 × 16 weights each: 38 MB of chance, repeated
 
 
@@ -37,7 +43,7 @@ class RandomWeights:
     def __init__(self, weight_format: str, seed: int = 0) -> None:
         self.int4_all = weight_format == "int4-all"
         self.random = torch.Generator().manual_seed(seed)
-        self.codes = torch.randint(0, 256, (_PATTERN_BLOCKS, 576), generator=self.random, dtype=torch.uint8)
+        self.codes = torch.randint(0, 256, (_PATTERN_BLOCKS, _INT4_BYTES), generator=self.random, dtype=torch.uint8)
         self.normal = torch.randn(1 << 22, generator=self.random).bfloat16()
 
     def plain(self, name: str, like: Tensor) -> Tensor:
@@ -66,10 +72,12 @@ class RandomWeights:
             data.view(torch.bfloat16).mul_(size)
             return PackedMatrix(data, "bf16", outputs, inputs)
         data = torch.empty(packed_bytes("int4", outputs, inputs), dtype=torch.uint8) if out is None else out
-        blocks = data.view(-1, 576)
+        blocks = data.view(-1, _INT4_BYTES)
         first = int(torch.randint(0, _PATTERN_BLOCKS // 2, (1,), generator=self.random))
         _fill(blocks, self.codes[first:])
-        blocks[:, 512:] = torch.full((32,), size / 4.6, dtype=torch.bfloat16).view(torch.uint8)
+        blocks[:, _SCALES_AT:] = torch.full(((_INT4_BYTES - _SCALES_AT) // 2,), size / 4.6, dtype=torch.bfloat16).view(
+            torch.uint8
+        )
         return PackedMatrix(data, "int4", outputs, inputs)
 
     def dense(self, name: str, like: Tensor) -> Tensor:
@@ -149,23 +157,19 @@ def prefill_tokens_per_s(model: Transformer, prompt: int, repeats: int = 3) -> f
     return prompt / statistics.median(times)
 
 
-def decode(
-    model: Transformer, prompt: int, count: int, progress: Callable[[int], None] | None = None
-) -> tuple[float, LayerTimes]:
+def decode(model: Transformer, prompt: int, count: int) -> tuple[float, LayerTimes]:
     """Greedy tokens/s after a prompt (median over the tokens), and where the time went."""
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
     cache = model.new_cache(1, prompt + count + 1)
     spent: dict[bool, list[float]] = defaultdict(list)  # by whether the layer is a mixture
-    with torch.inference_mode(), _timed_layers(model, spent):
+    with torch.inference_mode(), _TimedLayers(model, spent):
         token = model(ids, cache, logits_for="last").argmax(-1)
         spent.clear()
         times = []
-        for number in range(count):
+        for _ in range(count):
             began = time.perf_counter()
             token = model(token, cache, logits_for="last").argmax(-1)
             times.append(time.perf_counter() - began)
-            if progress is not None:
-                progress(number + 1)
     each = statistics.median(times)
     dense, mixture = (statistics.median(spent[kind]) if spent[kind] else 0.0 for kind in (False, True))
     c = model.config
@@ -173,7 +177,7 @@ def decode(
     return 1 / each, LayerTimes(dense, mixture, max(rest, 0.0))
 
 
-class _timed_layers:
+class _TimedLayers:
     """Adds the seconds of every layer's forward pass to `spent`, by whether it holds a mixture."""
 
     def __init__(self, model: Transformer, spent: dict[bool, list[float]]) -> None:
@@ -200,45 +204,78 @@ def estimate(times: LayerTimes, whole: ModelConfig) -> float:
     return 1 / (whole.first_k_dense_replace * times.dense_s + mixtures * times.mixture_s + times.rest_s)
 
 
-def measure(
-    config: ModelConfig,
+@dataclass(frozen=True)
+class Phase:
+    """One row: prefill of a prompt, or decoding after one. `bytes_per_token` only where a token reads the weights."""
+
+    phase: str
+    prompt_tokens: int
+    tokens_per_s: float
+    flops_per_token: float
+    bytes_per_token: int | None = None
+
+    problem = None
+
+    def to_dict(self, read_gb_per_s: float) -> dict[str, Any]:
+        """JSON-ready."""
+        row: dict[str, Any] = {
+            "phase": self.phase,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "tflops": self.flops_per_token * self.tokens_per_s / 1e12,
+        }
+        if self.bytes_per_token is not None:
+            rate = self.bytes_per_token * self.tokens_per_s / 1e9
+            row |= {"bytes_per_token": self.bytes_per_token, "gb_per_s": rate, "read_share": rate / read_gb_per_s}
+        return row
+
+
+def model_bench(
+    preset: str,
     weight_format: str,
     prompts: list[int],
     count: int,
     layers: int | None = None,
-    read_bandwidth_gb_per_s: float | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    threads: int = 1,
+    isa: str | None = None,
+    say: Say = silent,
 ) -> dict[str, Any]:
-    """Everything that `k2 bench model` prints of one model; rates in tokens/s, times in seconds."""
-    say("Building the weights …")
-    began = time.perf_counter()
-    model = build(config, weight_format, layers, max(prompts) + count)
-    built_s = time.perf_counter() - began
-    prefill = []
-    for prompt in prompts:
-        say(f"Prefill of {prompt:,} tokens …")
-        prefill.append({"prompt_tokens": prompt, "tokens_per_s": prefill_tokens_per_s(model, prompt)})
-    say(f"Decoding {count} tokens …")
-    context = prompts[0]
-    rate, times = decode(model, context, count)
-    read = bytes_per_token(model, context + count // 2)
-    result: dict[str, Any] = {
-        "format": weight_format,
-        "layers": model.config.num_hidden_layers,
-        "build_s": built_s,
-        "prefill": prefill,
-        "decode": {
-            "prompt_tokens": context,
-            "tokens": count,
-            "tokens_per_s": rate,
-            "bytes_per_token": read,
-            "gb_per_s": read * rate / 1e9,
-            "read_share": read * rate / 1e9 / read_bandwidth_gb_per_s if read_bandwidth_gb_per_s else None,
-        },
+    """The report of a preset's shape with random weights: a row for each prompt length, and one for decoding `count`
+    tokens after the first. Beside the rows: preset, format, layers, build_s, peak_memory_bytes, and, where some layers
+    stand for all, `estimate`. Raises InputError for a format, layers, threads or prompts that cannot be."""
+    config = ModelConfig.preset(preset)
+    extra: dict[str, Any] = {"preset": preset, "format": weight_format}
+
+    def rows(_: str, notes: list[str]) -> list[Phase]:
+        say("building the weights")
+        began = time.perf_counter()
+        model = build(config, weight_format, layers, max(prompts) + count)
+        extra.update(layers=model.config.num_hidden_layers, build_s=time.perf_counter() - began)
+        found = []
+        for prompt in prompts:
+            say(f"prefill of {prompt:,} tokens")
+            flops = cost.flops_per_token(model.config, prompt // 2, absorbed=False)
+            found.append(Phase("prefill", prompt, prefill_tokens_per_s(model, prompt), flops))
+        say(f"decoding {count} tokens after {prompts[0]:,}")
+        rate, times = decode(model, prompts[0], count)
+        context = prompts[0] + count // 2
+        read = bytes_per_token(model, context)
+        flops = cost.flops_per_token(model.config, context)
+        found.append(Phase("decode", prompts[0], rate, flops, read))
+        if model.config.num_hidden_layers < config.num_hidden_layers:
+            extra["estimate"] = _estimate(times, config)
+            notes.append(f"Of {config.num_hidden_layers} layers {model.config.num_hidden_layers} ran; see `estimate`.")
+        return found
+
+    report = bracketed(isa, threads, rows, say)
+    return report | extra | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT}
+
+
+def _estimate(times: LayerTimes, whole: ModelConfig) -> dict[str, Any]:
+    return {
+        "what": f"an estimate for all {whole.num_hidden_layers} layers, from the times of single layers",
+        "decode_tokens_per_s": estimate(times, whole),
+        "dense_layer_ms": 1e3 * times.dense_s,
+        "mixture_layer_ms": 1e3 * times.mixture_s,
+        "rest_ms": 1e3 * times.rest_s,
     }
-    if model.config.num_hidden_layers < config.num_hidden_layers:
-        result["estimate"] = {
-            "what": f"an estimate for all {config.num_hidden_layers} layers, from the times of single layers",
-            "decode_tokens_per_s": estimate(times, config),
-        }
-    return result

@@ -30,6 +30,9 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "m": ("M", _whole),
     "k": ("K", _whole),
     "n": ("N", _whole),
+    "phase": ("", str),
+    "prompt_tokens": ("prompt", _whole),
+    "tokens_per_s": ("tokens/s", _number),
     "tokens": ("tokens", _whole),
     "context": ("context", _whole),
     "batch": ("batch", _whole),
@@ -45,15 +48,15 @@ COLUMNS: dict[str, tuple[str, Show]] = {
 
 
 def table(rows: list[dict[str, Any]]) -> "Table":
-    """A Rich table of the rows of a report; all have the same keys."""
+    """A Rich table of the rows of a report; where a row lacks what another has, the cell is empty."""
     from rich.table import Table
 
-    keys = [key for key in COLUMNS if rows and key in rows[0]]
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
     found = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for key in keys:
         found.add_column(COLUMNS[key][0], justify="right")
     for row in rows:
-        found.add_row(*(COLUMNS[key][1](row[key]) for key in keys))
+        found.add_row(*(COLUMNS[key][1](row[key]) if key in row else "" for key in keys))
     return found
 
 
