@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from karakoram.config import ModelConfig
+from karakoram.env import bundled_model_dir
 from karakoram.kernels import ops
 from karakoram.model.initialize import initialize
 from karakoram.model.load import load_model
@@ -123,3 +124,61 @@ def test_with_the_same_experts_the_best_token_is_the_same(checkpoint: Path) -> N
         float(F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean())
         < 1e-3
     )
+
+
+# ------------------------------------------------------------------------------------------------ nano, trained
+
+NANO = bundled_model_dir()
+needs_nano = pytest.mark.skipif(not (NANO / "config.json").is_file(), reason="the bundled nano model is not there")
+POSITIONS = 2000
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Tensor]:
+    """Token ids of held-out dialogs, one row each, of 2,000 positions and a few more together."""
+    from karakoram.chat import load_chat_format
+    from karakoram.train.data.pack import samples
+
+    fmt, rows, count = load_chat_format(NANO), [], 0
+    for ids, _ in samples(fmt, 20_001, split="eval"):
+        rows.append(torch.tensor([ids]))
+        count += len(ids)
+        if count >= POSITIONS:
+            return rows
+    raise AssertionError
+
+
+@needs_nano
+def test_nano_is_no_further_from_float32_than_torch(held_out: list[Tensor]) -> None:
+    """Best token and KL divergence over 2,000 held-out positions, against float32 on the same dequantised weights."""
+    exact = torch.cat([load_model(dtype="float32")(ids)[0] for ids in held_out])
+    wrong, divergence = {}, {}
+    for dense in (False, True):
+        model = load_model(dense=dense)
+        ours = torch.cat([model(ids)[0] for ids in held_out])
+        wrong[dense] = float((ours.argmax(-1) != exact.argmax(-1)).float().mean())
+        kl = F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="none")
+        divergence[dense] = float(kl.sum(-1).mean())
+    print(f"\nnano, {len(exact)} positions: kernels disagree {wrong[False]:.2%}, KL {divergence[False]:.2e};"
+          f" torch bf16 disagrees {wrong[True]:.2%}, KL {divergence[True]:.2e}")  # fmt: skip
+    # the same number of coin flips at near ties, give or take: one standard deviation of a count of some ten
+    assert wrong[False] <= 1.3 * wrong[True] + 1e-3
+    assert divergence[False] <= 1.1 * divergence[True]
+
+
+@needs_nano
+def test_nano_chooses_the_same_token_with_the_same_experts(held_out: list[Tensor]) -> None:
+    """With the reference's expert ids forced, wherever the reference's top-2 margin is above 0.05: 99.9 %."""
+    reference_model, model = load_model(dtype="float32"), load_model()
+    sure = agree = 0
+    for ids in held_out:
+        exact, experts = chosen_experts(reference_model, ids)
+        with routed_as(model, experts):
+            ours = model(ids)
+        best = exact[0].topk(2, -1)
+        margin = best.values[:, 0] - best.values[:, 1] > 0.05
+        sure += int(margin.sum())
+        agree += int((ours[0].argmax(-1) == best.indices[:, 0])[margin].sum())
+    print(f"\nnano, {sure} sure positions: {agree / sure:.3%} the same")
+    assert sure > 0.9 * POSITIONS
+    assert agree / sure >= 0.999
