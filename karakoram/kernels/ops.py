@@ -23,7 +23,7 @@ from torch import Tensor
 
 from karakoram.errors import FormatError, InputError
 from karakoram.kernels import packed, reference
-from karakoram.kernels.cpu.library import Library, TensorDescriptor, describe, describe_packed, library
+from karakoram.kernels.cpu.library import Library, describe, describe_packed, library
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
 IMPLEMENTATIONS = ("cpu", "reference")
@@ -143,7 +143,7 @@ def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Packed
 # ------------------------------------------------------------------------------------------------ operations
 
 
-def _packed(matrix: PackedMatrix) -> TensorDescriptor:
+def _packed(matrix: PackedMatrix) -> bytes:
     found = matrix.described.get("cpu")
     if found is None:
         found = matrix.described["cpu"] = describe_packed(matrix.data, matrix.kind, matrix.outputs, matrix.inputs)
@@ -192,8 +192,13 @@ def mlp(
     return y_TD
 
 
-def _shared(shared: Iterable[PackedMatrix] | None) -> ctypes.Array[TensorDescriptor] | None:
-    return None if shared is None else (TensorDescriptor * 3)(*(_packed(matrix) for matrix in shared))
+def _shared(shared: Iterable[PackedMatrix] | None) -> bytes | None:
+    if shared is None:
+        return None
+    parts = [_packed(matrix) for matrix in shared]
+    if len(parts) != 3:  # the library reads three
+        raise InputError(f"There are {len(parts)} shared matrices.", "Give gate, up and down.")
+    return b"".join(parts)
 
 
 def moe_int4(

@@ -48,7 +48,8 @@ class PackedMatrix:
     kind: Kind
     outputs: int
     inputs: int
-    described: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # by implementation, once
+    # by implementation, once
+    described: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         wanted = packed_bytes(self.kind, self.outputs, self.inputs)
@@ -57,6 +58,9 @@ class PackedMatrix:
                 f"{self.data.numel():,} bytes are no packed {self.kind} matrix [{self.outputs}, {self.inputs}].",
                 f"It takes {wanted:,} contiguous bytes.",
             )
+
+    def __reduce__(self) -> tuple[type["PackedMatrix"], tuple[Tensor, Kind, int, int]]:
+        return PackedMatrix, (self.data, self.kind, self.outputs, self.inputs)  # a copy lies elsewhere: not `described`
 
     def dense(self) -> Tensor:
         """The weights it means, bf16 [outputs, inputs]."""

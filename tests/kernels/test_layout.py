@@ -1,5 +1,9 @@
 """Packed weights: C++ and its torch twin write the same bytes, nothing is lost, and they are no larger than before."""
 
+import pickle
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -130,3 +134,13 @@ def test_a_matrix_of_too_few_bytes_is_refused() -> None:
     for data in (torch.zeros(575, dtype=torch.uint8), torch.zeros(576), torch.zeros(1152, dtype=torch.uint8)[::2]):
         with pytest.raises(FormatError, match="no packed int4 matrix"):
             PackedMatrix(data, "int4", 16, 64)
+
+
+def test_a_copy_is_described_anew(lib: Library) -> None:
+    """What the library was told of a matrix names its place in memory, which a copy does not share."""
+    x, weight = drawn.rows(3, 64), drawn.matrix("int4", 20, 64)
+    expected = ops.linear(x, weight)
+    copies = [deepcopy(weight), pickle.loads(pickle.dumps(weight)), replace(weight, data=weight.data.clone())]
+    weight.data.zero_()
+    for copy in copies:
+        assert torch.equal(ops.linear(x, copy), expected)

@@ -1,4 +1,4 @@
-"""The portable kernels and everything above them under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the pool of threads under ThreadSanitizer."""
 
 import os
 import subprocess
@@ -12,6 +12,28 @@ from karakoram.kernels.cpu import library
 
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PATIENCE_S = 280
+# A matrix that claims twice the outputs that it has bytes for.
+READ_BESIDE = """
+import sys, torch
+from pathlib import Path
+from karakoram.kernels.cpu.library import Library, describe, describe_packed
+x, y = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(1, 32, dtype=torch.bfloat16)
+data = torch.zeros(576, dtype=torch.uint8)
+library = Library(Path(sys.argv[1]))
+library.call("k2_linear", describe(x), describe_packed(data, "int4", 32, 64), describe(y))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers by Linux's rules"),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """These libraries are for this run only."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def runtime(name: str) -> str:
@@ -23,54 +45,53 @@ def runtime(name: str) -> str:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer by Linux's rules")
-@pytest.mark.timeout(600)
-def test_every_operation_with_odd_shapes_is_clean(lib: library.Library, project_root: Path) -> None:
+def sanitized(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
-    built = library.build(FLAGS, only=("none",))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.every_operation", str(built)],
-        cwd=project_root,
-        env=os.environ
-        | {
-            "LD_PRELOAD": preload,
-            "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter keeps what it has until the end
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "runtime error" not in done.stderr
-    assert done.stdout.strip() == "all done on scalar"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer by Linux's rules")
-@pytest.mark.timeout(600)
-def test_the_sanitizer_would_see_a_read_beside_a_matrix(lib: library.Library, project_root: Path) -> None:
-    """The same set-up with a matrix that claims more outputs than it has bytes for must not pass."""
-    preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
-    script = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from karakoram.kernels.cpu.library import Library, describe, describe_packed\n"
-        "lib = Library(Path(sys.argv[1]))\n"
-        "x, y = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(1, 32, dtype=torch.bfloat16)\n"
-        "data = torch.zeros(576, dtype=torch.uint8)\n"
-        "lib.call('k2_linear', describe(x), describe_packed(data, 'int4', 32, 64), describe(y))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(library.build(FLAGS, only=("none",)))],
-        cwd=project_root,
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        # the interpreter keeps what it has until the end: no leaks of ours
         env=os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
         check=False,
     )
+
+
+@pytest.mark.parametrize("only", [("none",), ()], ids=["scalar", "every instruction set"])
+def test_every_operation_with_odd_shapes_is_clean(
+    lib: library.Library, project_root: Path, cache: Path, only: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KARAKORAM_CACHE", str(cache))
+    runtime("libasan.so")
+    built = library.build(FLAGS, only)
+    done = sanitized(project_root, "-m", "tests.kernels.every_operation", str(built))
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "runtime error" not in done.stderr
+    assert done.stdout.split() == ["all", "done", "on", *(["scalar"] if only else lib.isas())]
+
+
+def test_the_sanitizer_would_see_a_read_beside_a_matrix(
+    lib: library.Library, project_root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KARAKORAM_CACHE", str(cache))
+    runtime("libasan.so")
+    done = sanitized(project_root, "-c", READ_BESIDE, str(library.build(FLAGS, only=("none",))))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+def test_callers_at_once_race_for_nothing(lib: library.Library, tmp_path: Path) -> None:
+    """A program of its own: the interpreter's threads mean nothing to ThreadSanitizer."""
+    runtime("libtsan.so")
+    program, compiler = tmp_path / "callers", str(env.compiler())
+    sources = [Path(__file__).with_name("callers.cpp"), *sorted(library.SOURCES.rglob("*.cpp"))]
+    include = f"-I{library.SOURCES.parent / 'include'}"
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Wno-psabi", include]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=PATIENCE_S)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel's memory layout")
+    assert done.returncode == 0, done.stderr[:6000]
+    assert done.stdout.strip() == "ok"

@@ -139,8 +139,9 @@ Pool* running_pool() {
     pthread_atfork(nullptr, nullptr, forget_after_fork);
     registered = true;
   }
+  std::unique_lock<std::mutex> no_caller;  // until the new workers are there: a round counts those that it began with
   if (pool) {
-    std::lock_guard<std::mutex> no_caller(pool->callers);
+    no_caller = std::unique_lock<std::mutex>(pool->callers);
     {
       std::lock_guard<std::mutex> asleep(pool->sleep);
       pool->stop = true;
