@@ -129,9 +129,10 @@ def bytes_per_token(model: Transformer, context: int) -> int:
             total += module.packed.records.shape[1] * c.num_experts_per_tok
         elif isinstance(module, PackedAttention):
             total += module.keys.data.numel()
-            # of kv_b_proj, counted whole above, decoding reads the value half
+            # of kv_b_proj, which counts whole as a PackedLinear, decoding reads the value half
+            values: Any = module.kv_b_proj
             keys_share = c.qk_nope_head_dim / (c.qk_nope_head_dim + c.v_head_dim)
-            total -= int(module.kv_b_proj.matrix.data.numel() * keys_share)  # pyright: ignore[reportAttributeAccessIssue]
+            total -= int(values.matrix.data.numel() * keys_share)
     return total
 
 

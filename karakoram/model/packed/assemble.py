@@ -3,7 +3,7 @@
 Legend: H heads, N nope, V value, L latent.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,17 +95,17 @@ class CheckpointWeights:
 @torch.no_grad()
 def assemble(model: Transformer, weights: Weights) -> None:
     """Fill a model on the meta device with packed weights, one by one; peak memory is the model and one expert."""
-    c = model.config
-    table, head = model.model.embed_tokens.weight, "lm_head.weight"
-    name = "model.embed_tokens.weight"
-    rows = weights.table(name, table)
+    c, decoder, table = model.config, model.model, "model.embed_tokens.weight"
+    rows = weights.table(table, decoder.embed_tokens.weight)
     if isinstance(rows, Tensor):
-        model.model.embed_tokens.weight = nn.Parameter(rows, requires_grad=False)
+        decoder.embed_tokens.weight = nn.Parameter(rows, requires_grad=False)
     else:
-        model.model.embed_tokens = PackedEmbedding(*rows)
-    model.lm_head = PackedLinear(weights.matrix(name if c.tie_word_embeddings else head, *table.shape), torch.float32)
-    model.model.norm = _norm(model.model.norm, weights, "model.norm")
-    for number, layer in enumerate(model.model.layers):
+        _put(decoder, "embed_tokens", PackedEmbedding(*rows))
+    head = weights.matrix(table if c.tie_word_embeddings else "lm_head.weight", c.vocab_size, c.hidden_size)
+    _put(model, "lm_head", PackedLinear(head, torch.float32))
+    _put(decoder, "norm", _norm(decoder.norm, weights, "model.norm"))
+    for number in range(c.num_hidden_layers):
+        layer: Any = decoder.layers[number]
         stem = f"model.layers.{number}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, norm, _norm(getattr(layer, norm), weights, f"{stem}.{norm}"))
@@ -114,6 +114,11 @@ def assemble(model: Transformer, weights: Weights) -> None:
             layer.mlp = PackedFeedForward(*_triple(weights, f"{stem}.mlp", c.hidden_size, c.intermediate_size))
         else:
             _pack_mixture(layer.mlp, weights, f"{stem}.mlp", c)
+
+
+def _put(parent: nn.Module, name: str, value: object) -> None:
+    """A packed module, or a matrix, in the place of a plain one."""
+    setattr(parent, name, value)
 
 
 def _norm(norm: nn.Module, weights: Weights, name: str) -> PackedNorm:
@@ -135,7 +140,7 @@ def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: Mod
     gate = mixture.gate
     gate.weight = nn.Parameter(weights.plain(f"{stem}.gate.weight", gate.weight), requires_grad=False)
     gate.__class__ = PackedRouter
-    gate.matrix = ops.pack_bf16(gate.weight.detach())  # pyright: ignore[reportAttributeAccessIssue]
+    _put(gate, "matrix", ops.pack_bf16(gate.weight.detach()))
     bias = "e_score_correction_bias"
     gate.e_score_correction_bias = weights.plain(f"{stem}.gate.{bias}", gate.e_score_correction_bias)
     experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
@@ -143,10 +148,10 @@ def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: Mod
         for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
             weights.matrix(f"{stem}.experts.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
     inner = c.n_shared_experts * c.moe_intermediate_size
-    mixture.experts = Int4Experts(experts)  # pyright: ignore[reportAttributeAccessIssue]
+    _put(mixture, "experts", Int4Experts(experts))
     if inner:
-        shared = PackedFeedForward(*_triple(weights, f"{stem}.shared_experts", c.hidden_size, inner))
-        mixture.shared_experts = shared  # pyright: ignore[reportAttributeAccessIssue]
+        triple = _triple(weights, f"{stem}.shared_experts", c.hidden_size, inner)
+        _put(mixture, "shared_experts", PackedFeedForward(*triple))
     mixture.__class__ = PackedMixture
 
 
@@ -159,7 +164,7 @@ def _pack_attention(attention: LatentAttention, weights: Weights, stem: str) -> 
         else:
             setattr(attention, name, _norm(module, weights, f"{stem}.{name}"))
     attention.__class__ = PackedAttention
-    attention.keys = keys  # pyright: ignore[reportAttributeAccessIssue]
+    _put(attention, "keys", keys)
 
 
 def pack_keys(kv_b: Tensor, c: ModelConfig) -> PackedMatrix:

@@ -115,8 +115,9 @@ class PackedMixture(MixtureOfExperts):
         x_ND = x.reshape(-1, x.shape[-1])
         bank, shared = self.experts, self.shared_experts
         assert isinstance(bank, Int4Experts) and (shared is None or isinstance(shared, PackedFeedForward))
-        routed_ND = ops.moe_int4(x_ND, *self.gate(x_ND), bank.packed, None if shared is None else shared.matrices)
-        return routed_ND.view(x.shape)
+        ids_NK, weights_NK = self.gate(x_ND)
+        triple = None if shared is None else shared.matrices
+        return ops.moe_int4(x_ND, ids_NK, weights_NK, bank.packed, triple).view(x.shape)
 
 
 class PackedAttention(LatentAttention):
