@@ -4,17 +4,22 @@ K2's shape in miniature (a dense first layer, MLA with a low-rank query, 16 rout
 one), its own byte-pair tokens, and generated dialogs in which a model thinks, calls the tools it was shown, and answers
 from their results. With a data directory, GSM8K rewritten into calculator calls and plain text are mixed in.
 
-    OUT/tokenizer/   tiktoken.model and tokenizer_config.json, learned from generated dialogs (about a minute)
-    OUT/tokens/      documents as token ids (a few minutes; an interrupted run goes on)
-    OUT/step-N/      checkpoints, the newest two, each with a `.state` beside it
-    OUT/metrics.jsonl
-    OUT/model/       the finished model: routed experts int4 group-32, the rest bfloat16
+In two parts: first few phrasings, so that copying is learned; then all of them, so that words are learned rather than
+sentences, from the first part's weights, at a lower rate, on the int4 grid from the beginning.
+
+    OUT/first/tokenizer/   tiktoken.model and tokenizer_config.json, learned from generated dialogs (about a minute)
+    OUT/PART/tokens/       documents as token ids (a few minutes; an interrupted run goes on); PART is first or second
+    OUT/PART/step-N/       checkpoints, the newest two, each with a `.state` beside it
+    OUT/PART/metrics.jsonl
+    OUT/model/             the finished model: routed experts int4 group-32, the rest bfloat16
 """
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +28,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from karakoram.config import ModelConfig
+from karakoram.errors import TrainingError
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batches
 from karakoram.train.data.bpe import train_tokenizer
 from karakoram.train.data.pack import Mix, build_token_cache
 from karakoram.train.machine import faster_dtype, keep_freed_memory
+from karakoram.train.resume import newest
 from karakoram.train.run_dir import open_run, recorded_settings, settings_of
 from karakoram.train.trainer import Trainer
 
-STEPS = 11_000
+STEPS = 12_000
 MINUTES = 80.0  # of training; tokenizer, tokens and compiling take the other ten
+FIRST_SHARE = 0.8  # of steps and minutes, for the first part
 TOKENIZER_DOCUMENTS = 9_000
 WITH_DATA = {"dialogs": 0.8, "gsm8k": 0.12, "text": 0.08}
 
@@ -55,6 +63,20 @@ def configuration(steps: int = STEPS, minutes: float | None = MINUTES, seed: int
     )
 
 
+def second_part(first: TrainConfig, steps: int, minutes: float | None) -> TrainConfig:
+    """The configuration of the second part: from a third of the rate down to nothing."""
+    return replace(
+        first,
+        steps=steps,
+        minutes=minutes,
+        learning_rate=first.learning_rate / 3,
+        adamw_learning_rate=first.adamw_learning_rate / 3,
+        decay_from=0.0,
+        int4_from=0.0,
+        seed=first.seed + 1,
+    )
+
+
 def run(
     out_dir: Path,
     data_dir: Path | None = None,
@@ -65,15 +87,39 @@ def run(
     seed: int = 0,
     quiet: bool = False,
 ) -> Path:
-    """Train and return the finished model's directory.
+    """Train both parts and return the finished model's directory.
 
     Minutes alone or steps alone set the length; without either it is nano's. Raises TrainingError as `open_run` and
     `Trainer.run` do.
     """
     if minutes is None and steps is None:
         minutes = MINUTES
-    config = configuration(steps or STEPS, minutes, seed)
-    return run_configuration(config, out_dir, data_dir, resume, threads or os.cpu_count() or 1, quiet)
+    steps = steps or STEPS
+    first_steps = max(1, round(steps * FIRST_SHARE))
+    first = configuration(first_steps, minutes and minutes * FIRST_SHARE, seed)
+    second = second_part(first, max(1, steps - first_steps), minutes and minutes * (1 - FIRST_SHARE))
+    options: dict[str, Any] = {"data_dir": data_dir, "threads": threads or os.cpu_count() or 1, "quiet": quiet}
+    in_second = resume and newest(out_dir / "second") is not None
+    if not in_second:
+        _refuse_finished(out_dir, resume)
+        run_configuration(first, out_dir / "first", resume=resume, **options)
+    found = run_configuration(second, out_dir / "second", resume=in_second, start_from=out_dir / "first", **options)
+    model_dir = out_dir / "model"
+    if not (model_dir / "config.json").is_file():
+        partial = out_dir / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(found, partial)
+        os.replace(partial, model_dir)
+    Console(stderr=True, quiet=quiet).print(f"Finished: {model_dir}. Talk to it with: k2 chat {model_dir}")
+    return model_dir
+
+
+def _refuse_finished(out_dir: Path, resume: bool) -> None:
+    if not resume and newest(out_dir / "second") is not None:
+        raise TrainingError(
+            f"{out_dir} already holds a run, in its second part.",
+            "Go on with it by --resume, or begin another in another directory (--out DIR).",
+        )
 
 
 def run_configuration(
@@ -85,8 +131,12 @@ def run_configuration(
     quiet: bool = False,
     tokenizer_documents: int = TOKENIZER_DOCUMENTS,
     compiled: bool = True,
+    start_from: Path | None = None,
 ) -> Path:
-    """The recipe at any size: its steps from the tokenizer to the finished model, for a configuration of one's own."""
+    """One part at any size, from the tokenizer to its model, for a configuration of one's own.
+
+    start_from  a first part: its tokenizer and weights, and from here on all phrasings
+    """
     keep_freed_memory()
     torch.set_num_threads(threads)
     # a resumed run goes on in the dtype it began with, even if the other one is faster today
@@ -94,23 +144,25 @@ def run_configuration(
     kind = {"recipe": "nano", "data": data_dir is not None, "dtype": str(dtype).removeprefix("torch.")}
     console = Console(stderr=True, quiet=quiet)
     with open_run(out_dir, settings_of(config, **kind), resume):
-        tokenizer_dir = out_dir / "tokenizer"
+        tokenizer_dir = (start_from or out_dir) / "tokenizer"
         if not (tokenizer_dir / "tokenizer_config.json").is_file():
             console.print("Learning the tokenizer from generated dialogs (about a minute) …")
             train_tokenizer(tokenizer_dir, tokenizer_documents, config.seed)
-        cache = _tokens(config, out_dir / "tokens", tokenizer_dir, data_dir, threads, quiet)
+        mix = Mix(**WITH_DATA, data_dir=str(data_dir)) if data_dir else Mix()
+        mix = replace(mix, rich=start_from is not None)
+        cache = _tokens(config, out_dir / "tokens", tokenizer_dir, mix, threads, quiet)
         batches = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)
         files = model_files(tokenizer_dir, data_dir is not None)
         trainer = Trainer(config, batches, out_dir, files, dtype, compiled)
         if resume:
             trainer.resume()
+        elif start_from is not None:
+            trainer.start_from(start_from)
         if trainer.finished:
             console.print(f"This run is finished: it ended with step {trainer.step}. Nothing was left to do.")
         else:
             console.print(f"Training {config.model.hidden_size}-wide nano in {kind['dtype']}; Ctrl-C saves.")
-        model_dir = trainer.finished or trainer.run(quiet)
-    console.print(f"Finished: {model_dir}. Talk to it with: k2 chat {model_dir}")
-    return model_dir
+        return trainer.finished or trainer.run(quiet)
 
 
 def model_files(tokenizer_dir: Path, with_data: bool) -> dict[str, bytes]:
@@ -126,10 +178,7 @@ def model_files(tokenizer_dir: Path, with_data: bool) -> dict[str, bytes]:
     return files | {"generation_config.json": json.dumps(generation, indent=2).encode()}
 
 
-def _tokens(
-    config: TrainConfig, cache: Path, tokenizer_dir: Path, data_dir: Path | None, processes: int, quiet: bool
-) -> Path:
-    mix = Mix(**WITH_DATA, data_dir=str(data_dir)) if data_dir else Mix()
+def _tokens(config: TrainConfig, cache: Path, tokenizer_dir: Path, mix: Mix, processes: int, quiet: bool) -> Path:
     wanted = config.steps * config.tokens_per_step
     with _bar("Writing tokens", quiet) as progress:
         return build_token_cache(cache, tokenizer_dir, wanted, config.seed, processes, mix, progress)

@@ -208,6 +208,22 @@ class Trainer:
         self.masters.int4_experts = counters.get("int4_experts", self.config.int4_from <= self.progress)
         self.masters.publish()
 
+    def start_from(self, run: Path) -> None:
+        """Begin with the weights and balance of another run's newest checkpoint; steps, time and momenta begin anew.
+
+        Raises TrainingError where there is none, or where it is damaged or of another model.
+        """
+        path = saved.newest(run)
+        if path is None:
+            raise TrainingError(f"There is no checkpoint to start from in {run}.", "Let that run finish first.")
+        state, counters = saved.load_state(saved.state_dir(path))
+        self._check_state(path, state, counters | {"seed": self.config.seed})
+        for name, tensor in self._trained().items():
+            if not name.startswith("muon/"):
+                tensor.copy_(state[name])
+        self.masters.int4_experts = self.config.int4_from <= 0
+        self.masters.publish()
+
     def _trained(self) -> dict[str, Tensor]:
         """What training moves, by its name in a saved state; AdamW's moments apart: they begin with a step."""
         state = {f"masters/{n}": t for n, t in self.masters.weights.items()}

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from karakoram.errors import TrainingError
 from karakoram.recipes import nano
 from karakoram.train.config import TrainConfig
 from karakoram.train.run_dir import recorded_settings
+from karakoram.train.trainer import Trainer
 from tests.train import tiny
 
 
@@ -89,6 +91,26 @@ def test_a_resumed_run_keeps_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nano._dtype({}) == torch.bfloat16
 
 
+def test_the_second_part_begins_with_the_weights_of_the_first(out: Path, tmp_path: Path) -> None:
+    """Its tokenizer, its weights, all phrasings, and the int4 grid from the first step on."""
+    second = nano.second_part(configuration(), steps=1, minutes=None)
+    assert (second.int4_from, second.decay_from, second.learning_rate) == (0, 0, configuration().learning_rate / 3)
+    still = replace(second, learning_rate=0.0, adamw_learning_rate=0.0, balance_rate=0.0)
+    model_dir = nano.run_configuration(
+        still, tmp_path / "second", quiet=True, compiled=False, threads=1, start_from=out
+    )
+    assert (model_dir / "tiktoken.model").read_bytes() == (out / "model/tiktoken.model").read_bytes()
+    before, after = (karakoram.load_model(path, dtype="float32").state_dict() for path in (out / "model", model_dir))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert json.loads((tmp_path / "second/tokens/state.json").read_text())["recipe"]["mix"]["rich"] is True
+
+
+def test_there_is_no_second_part_without_a_first(tmp_path: Path) -> None:
+    trainer = Trainer(tiny.train_config(), tiny.CopyTask(), tmp_path / "second", {}, compiled=False)
+    with pytest.raises(TrainingError, match="no checkpoint to start from"):
+        trainer.start_from(tmp_path / "first")
+
+
 # `k2 train nano` itself, with this file's configuration; somebody presses Ctrl-C during the third step.
 INTERRUPTED = """
 import os, signal, sys
@@ -120,19 +142,22 @@ def _k2_train(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(project_root: Path, out: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(out / "tokenizer", run_dir / "tokenizer")  # learned once is enough
+    shutil.copytree(out / "tokenizer", run_dir / "first/tokenizer")  # learned once is enough
     stopped = _k2_train(project_root, "--out", str(run_dir))
     assert stopped.returncode == 2, stopped.stderr
     assert "k2: error: Training was stopped at step 3; everything is saved in" in stopped.stderr
     assert "Go on with the same command and --resume." in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    karakoram.load_model(run_dir / "step-3")
+    karakoram.load_model(run_dir / "first/step-3")
 
     resumed = _k2_train(project_root, "--out", str(run_dir), "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for part, steps in (("first", [1, 2, 3, 4]), ("second", [1])):
+        lines = [json.loads(line) for line in (run_dir / part / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == steps
     karakoram.load_model(run_dir / "model")
+    again = _k2_train(project_root, "--out", str(run_dir))
+    assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
 @pytest.mark.slow

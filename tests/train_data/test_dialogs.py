@@ -10,6 +10,8 @@ from pathlib import Path
 
 from karakoram.tools import BUILTIN, parse_arguments
 from karakoram.train.data import dialogs
+from karakoram.train.data.dialogs.more_phrases import MORE
+from karakoram.train.data.dialogs.more_phrases import MORE
 from karakoram.train.data.dialogs.phrases import ALL
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split, split_of, words_of
@@ -78,8 +80,14 @@ def test_sentence_templates_are_held_out() -> None:
     assert len(ALL) > 60
     assert all(phrases.of[split] for phrases in ALL.values() for split in ("train", "eval"))
     train = shapes(template for phrases in ALL.values() for template in phrases.of["train"])
+    train |= shapes(template for templates in MORE.values() for template in templates)
+    train |= shapes(template for templates in MORE.values() for template in templates)
     evaluation = shapes(template for phrases in ALL.values() for template in phrases.of["eval"])
     assert len(evaluation) > 250
+    assert MORE.keys() <= ALL.keys()
+    assert len(train) > 3000
+    assert MORE.keys() <= ALL.keys()
+    assert len(train) > 3000
     assert not train & evaluation
 
 
@@ -152,7 +160,24 @@ def test_shipped_arithmetic_questions_are_not_in_training(project_root: Path) ->
     seen = {
         plain(message["content"])
         for index in range(8_000)
-        for message in dialogs.generate(0, index).messages
+        for message in dialogs.generate(0, index, rich=index % 2 == 1).messages
         if message["role"] == "user"
     }
     assert not questions & seen
+
+
+def test_rich_dialogs_say_more_and_only_what_training_may() -> None:
+    """The same tasks in other words; held-out dialogs do not change."""
+
+    def questions(rich: bool) -> set[str]:
+        return {
+            message["content"]
+            for index in range(300)
+            for message in dialogs.generate(SEED, index, rich=rich).messages
+            if message["role"] == "user"
+        }
+
+    assert len(questions(True) - questions(False)) > 150
+    assert dialogs.generate(SEED, 3, "eval", rich=True) == dialogs.generate(SEED, 3, "eval")
+    for index in range(300):
+        _check_execution(dialogs.scenario(SEED, index, rich=True))

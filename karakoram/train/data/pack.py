@@ -48,6 +48,7 @@ class Mix:
     gsm8k: float = 0.0
     text: float = 0.0
     data_dir: str | None = None
+    rich: bool = False  # dialogs from all phrasings
 
 
 def document_samples(fmt: ChatFormat, document: Document) -> list[Sample]:
@@ -111,7 +112,7 @@ def _documents(mix: Mix, seed: int, chunk: int) -> Iterator[Document]:
     first = chunk * CHUNK_DOCUMENTS
     if source == "dialogs":
         for index in range(first, first + CHUNK_DOCUMENTS):
-            yield dialogs.generate(seed, index)
+            yield dialogs.generate(seed, index, rich=mix.rich)
         return
     read = read_gsm8k if source == "gsm8k" else read_texts
     known = read(Path(mix.data_dir or "."))

@@ -10,6 +10,8 @@ from random import Random
 
 from karakoram.train.data.dialogs import actions, arithmetic, calendar, chains, files, lists, measures, records, talk
 from karakoram.train.data.dialogs.compose import compose, group_of, with_failure
+from karakoram.train.data.dialogs.phrases import Chance
+from karakoram.train.data.dialogs.phrases import Chance
 from karakoram.train.data.dialogs.task import Task
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split
@@ -49,9 +51,13 @@ def _family(rng: Random) -> tuple[float, Callable[[Random, Split], Task], bool]:
     return next(family for family, threshold in zip(FAMILIES, _THRESHOLDS, strict=True) if roll < threshold)
 
 
-def scenario(seed: int, index: int, split: Split = "train") -> Scenario:
-    """The dialog with its tools. Built-in tools appear in training only: their names would not be held out."""
-    rng = Random(f"{split}:{seed}:{index}")
+def scenario(seed: int, index: int, split: Split = "train", rich: bool = False) -> Scenario:
+    """The dialog with its tools. Built-in tools appear in training only: their names would not be held out.
+
+    rich  from all phrasings of training, see `phrases.py`
+    """
+    rng = Chance(f"{split}:{seed}:{index}")
+    rng.rich = rich
     _, make, demo_can = _family(rng)
     demo = demo_can and split == "train" and rng.random() < DEMO_SHARE
     tasks = [make(rng, split)]
@@ -77,6 +83,6 @@ def _together(first: Task, second: Task) -> bool:
     return same or not groups[0] & (groups[1] | {group_of(rival) for rival in second.rivals})
 
 
-def generate(seed: int, index: int, split: Split = "train") -> Document:
+def generate(seed: int, index: int, split: Split = "train", rich: bool = False) -> Document:
     """The dialog to train on; the same arguments give the same document on every machine."""
-    return scenario(seed, index, split).document
+    return scenario(seed, index, split, rich).document

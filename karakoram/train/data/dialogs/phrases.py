@@ -9,7 +9,28 @@ import re
 from random import Random
 from typing import Any
 
+from karakoram.train.data.dialogs.more_phrases import MORE
+from karakoram.train.data.dialogs.more_phrases import MORE
 from karakoram.train.data.names import Split
+
+RICH_SHARE = 0.7
+
+RICH_SHARE = 0.7
+
+
+class Chance(Random):
+    """The random numbers of one dialog. `rich`: from all phrasings of training, not only the first ones."""
+
+    rich = False
+
+
+
+
+class Chance(Random):
+    """The random numbers of one dialog. `rich`: from all phrasings of training, not only the first ones."""
+
+    rich = False
+
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
 
@@ -19,6 +40,8 @@ ALL: dict[str, "Phrases"] = {}
 class Phrases:
     """Alternatives for one purpose; `pick` returns one of the split with its slots filled."""
 
+    name = ""  # of what was picked already
+
     def __init__(self, name: str, train: str, evaluation: str) -> None:
         """Both lists as text, one template per line; `name` must be new."""
         lines = {"train": train, "eval": evaluation}
@@ -26,12 +49,18 @@ class Phrases:
             split: tuple(line.strip() for line in text.strip().splitlines() if line.strip())
             for split, text in lines.items()
         }
+        self.name = name
+        self.name = name
         assert name not in ALL, name
         ALL[name] = self
 
     def pick(self, rng: Random, split: Split, **slots: Any) -> str:
         """One template at random, filled."""
         choices = self.of[split]
+        if split == "train" and isinstance(rng, Chance) and rng.rich:
+            more = MORE.get(self.name, ())
+            if more and rng.random() < RICH_SHARE:  # the few first ones stay in practice
+                choices = more
         template = choices[int(rng.random() * len(choices))]
         if "[" in template:
             template = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
