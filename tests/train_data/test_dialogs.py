@@ -11,7 +11,6 @@ from pathlib import Path
 from karakoram.tools import BUILTIN, parse_arguments
 from karakoram.train.data import dialogs
 from karakoram.train.data.dialogs.more_phrases import MORE
-from karakoram.train.data.dialogs.more_phrases import MORE
 from karakoram.train.data.dialogs.phrases import ALL
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split, split_of, words_of
