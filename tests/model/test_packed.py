@@ -152,18 +152,19 @@ def held_out() -> list[Tensor]:
 def test_nano_is_no_further_from_float32_than_torch(held_out: list[Tensor]) -> None:
     """Best token and KL divergence over 2,000 held-out positions, against float32 on the same dequantised weights."""
     exact = torch.cat([load_model(dtype="float32")(ids)[0] for ids in held_out])
-    wrong, divergence = {}, {}
+    wrong, mean, most = {}, {}, {}
     for dense in (False, True):
         model = load_model(dense=dense)
         ours = torch.cat([model(ids)[0] for ids in held_out])
         wrong[dense] = float((ours.argmax(-1) != exact.argmax(-1)).float().mean())
-        kl = F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="none")
-        divergence[dense] = float(kl.sum(-1).mean())
-    print(f"\nnano, {len(exact)} positions: kernels disagree {wrong[False]:.2%}, KL {divergence[False]:.2e};"
-          f" torch bf16 disagrees {wrong[True]:.2%}, KL {divergence[True]:.2e}")  # fmt: skip
-    # the same number of coin flips at near ties, give or take: one standard deviation of a count of some ten
-    assert wrong[False] <= 1.3 * wrong[True] + 1e-3
-    assert divergence[False] <= 1.1 * divergence[True]
+        kl = F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        mean[dense], most[dense] = float(kl.mean()), float(kl.sort().values[: len(kl) * 99 // 100].mean())
+    for dense, name in ((False, "kernels"), (True, "torch bf16")):
+        print(f"\nnano, {name}: disagrees {wrong[dense]:.2%}, KL {mean[dense]:.2e}, all but 1 % {most[dense]:.2e}", end="")
+    # a handful of positions, where nearly tied experts change places, make nine tenths of the mean KL: their number is
+    # luck on 2,000 positions (on 18,000: 2.1e-4 and 2.2e-4). All others are held to torch's.
+    assert wrong[False] <= wrong[True] + 1e-3
+    assert most[False] <= most[True]
 
 
 @needs_nano
