@@ -11,7 +11,6 @@ from random import Random
 from karakoram.train.data.dialogs import actions, arithmetic, calendar, chains, files, lists, measures, records, talk
 from karakoram.train.data.dialogs.compose import compose, group_of, with_failure
 from karakoram.train.data.dialogs.phrases import Chance
-from karakoram.train.data.dialogs.phrases import Chance
 from karakoram.train.data.dialogs.task import Task
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split

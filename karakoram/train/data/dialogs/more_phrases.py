@@ -9,7 +9,7 @@ How much [there is|it is|of it|is given]
 The [quantity|amount] to [convert|change]
 [What|Which] [number|amount|quantity] to [convert|change|turn]""",
     "convert.source": """[The unit|Unit|The measure] [in which it is given|of the quantity|of this value|of what we have|you have|it comes in|at the start|on the left]
-[Convert|Change|Turn|Move] [from|out of] [the|this|which|that|the old|the first] unit
+[Convert|Change|Turn|Move] [from|out of] [the|which|that|the old|the first] unit
 [The|A] [old|given|first|present|starting|original] unit
 [What|Which] unit [the value has|the value is in|it has|to convert from|to leave]
 From""",
@@ -24,10 +24,14 @@ To""",
     "date_add.days": """[The|A|Some] [number|count|amount] of days
 [How many|So many|The] days [are added|come on top|to go|to add to it|negative for the past]
 Days [forward|on top|plus or minus|to be added|, minus to go back]""",
-    "date_difference.start": """[The|A] [first|start|earlier|early|beginning] [day|date]
+    "date_difference.start": """A [first|start|earlier|early|beginning] [day|date]
+The [first|earlier|early|beginning] date
+The start day
 [From|Since|Starting at] [which|what|this|the first] [day|date]
 [Date|Day] [of the start|it begins on|to count from|on the left|that comes first]""",
-    "date_difference.end": """[The|A] [last|end|later|second|final] [day|date]
+    "date_difference.end": """A [last|end|later|second|final] [day|date]
+The [last|later|second|final] date
+The end day
 [To|Until|Ending at] [which|what|this|the last] [day|date]
 [Date|Day] [of the end|it ends on|to count to|on the right|that comes last]""",
     "weekday.date": """[The|This|One|A|Some] [day|date] [in question|to name|as YYYY-MM-DD|, written YYYY-MM-DD]
@@ -82,10 +86,13 @@ Name of the [folder|directory]""",
 [Which|What] [one|piece] to [play|put on]
 [Song|Music] [wanted|title|that is played]""",
     "actions.flight.c": """[The|A|Which|What] [city|town|place] [where it begins|of departure|you are in|to start at|it leaves from]
-[From|Out of] [which|what|this|the first] [city|place|town]
-[Start|First|Leaving] [place|town|city]""",
+[From|Out of] [what|this|the first] [city|place|town]
+From which [place|town]
+[First|Leaving] [place|town|city]
+Start [place|town]""",
     "actions.flight.d": """[The|A|Which|What] [city|town|place] [where it ends|you go to|to land in|to arrive at|wanted]
-[To|Into] [which|what|this|the second] [city|place|town]
+[To|Into] [what|this|the second] [city|place|town]
+To which [place|town]
 [End|Last|Second|Target] [place|town|city]""",
     "actions.translate.x": """[The|A|What|Which] [words|text|word] [to be translated|it is about|given|to put in another language]
 [Words|Text] [you have|to turn|in your language]
@@ -100,7 +107,7 @@ Name of the [folder|directory]""",
 [How many] [are ordered|are wanted|to buy|things]
 [Count|Number|Pieces] [wanted|to order]""",
     "actions.light.x": """[The|A|What|Which] [light|lamp|room] [to switch|it is about|to turn|you mean]
-[Name|Place] of the [lamp|light|room]
+[Name|Place] of the [light|room]
 [Where|In which room] [the light is|it is]""",
     "actions.light.on": """[True|Yes] [means on|for on, false for off|if the light should be on]
 [Turn it|Switch it] on or off
@@ -109,7 +116,7 @@ Name of the [folder|directory]""",
 [How many|So many] minutes [to wait|it runs|until it rings]
 [Minutes|Time] [to run|until the alarm|of the timer]""",
     "actions.search.x": """[The|A|What|Which] [words|query|subject|thing] [to search|to find|to look up|of the search]
-[What|Words] [you look for|to type|it is about]
+[What|Words] [you look for|to type]
 Search [text|query|for what]""",
     "calculate.about": """[Use this to|It can|I] [calculate|compute|evaluate] [a sum|arithmetic|an expression|with numbers]
 [A|The|Some] calculator [for numbers|for sums|to evaluate expressions|that computes expressions]
@@ -122,7 +129,8 @@ Search [text|query|for what]""",
 [Convert|Converts|Changes] [between|among] [units of measure|different units|units like miles and km]
 [Converts|Changes|Turns] [quantities|values|a quantity|amounts] [from one unit to the other|between two units|into other units]
 [How much|What] a [value|quantity] is in [another|a different] unit""",
-    "date_add.about": """[Returns|Gives|Computes|Tells] [a|the] [date|day] [plus|and] [some|N|a number of] days
+    "date_add.about": """[Gives|Computes|Tells] [a|the] [date|day] [plus|and] [some|N|a number of] days
+Returns the [date|day] plus [some|N] days
 [Compute|Find|Get] [the|a] [date|day] [some|a number of|many] days [after|before] [another|a given day|this one]
 [Adds|Add|Sums] [a date and days|days and a date|N days to a date]""",
     "date_difference.about": """[Computes|Gives|Finds|Returns] the [number|count|difference] [of days|in days] [from one day to another|between days|between a first and a last date]
@@ -136,7 +144,7 @@ Search [text|query|for what]""",
     "records.all": """[Returns|Gives|Knows] [all|every] [fields|facts|details] of [a|one|any] {w}
 [The|A|Whole] [data|entry|record] of [a|any|the named] {w}
 [Everything|All] about [one|any|the] {w}""",
-    "lists.sum.about": """[Add|Adds|Sum|Sums] [all|the|up all] numbers [in|of] [a|the|one] list
+    "lists.sum.about": """[Add|Adds|Sum|Sums] [all|the|up all] numbers in [a|the|one] list
 [Return|The|A] [sum|total] of [all numbers|several numbers|numbers in a list]""",
     "lists.largest.about": """[Return|The|A] [largest|highest|greatest|biggest] [number|value] [in the list|of all|of several]
 [Maximum|Highest value|Largest] [of numbers|of all numbers|in a list]""",
@@ -150,9 +158,12 @@ Search [text|query|for what]""",
 [How many|The number of] words [a list has|are given|in the list]""",
     "lists.order.about": """[Sort|Sorts|Order] [all|the|given] words [from A to Z|by letter|alphabetically]
 [The|Given] words in [alphabetical order|order of the alphabet]""",
-    "files.list.about": """[List|Lists|Shows|Names of] [all|the|every] [files|file] [in|of] a [directory|folder|given folder]
+    "files.list.about": """[List|Shows] [all|the|every] [files|file] [in|of] a [directory|folder|given folder]
+Lists every file in a folder
+Names of all files of a directory
 [What|Which] files [a folder has|are in a directory|there are in a folder]""",
-    "files.read.about": """[Returns|Gives|Reads|The] [the|all] [content|text|words] [of|in] [a|one|the named] file
+    "files.read.about": """[Gives|Reads] [the|all] [content|text|words] [of|in] [a|one|the named] file
+Returns the [text|words] in a file
 [Read|Opens|Show] [one|a given|a text] file""",
     "actions.weather.about": """[The|Some|A] weather [in a city|at a place|for a town|report for a place]
 [Returns|Gives|Reports|Find] the weather [for|of|at|in] [one city|a given place|any town]""",
@@ -162,9 +173,10 @@ Search [text|query|for what]""",
 [Reminds|Tells] [you|the user|someone] [later|at a time of day]""",
     "actions.song.about": """[Plays|Starts|Play] [music|songs|a song] [by its title|by name|]
 [Start|Put on] [music|a title|some song]""",
-    "actions.flight.about": """[Books|Reserves|Book|Gets] [a|some] [plane ticket|flight|seat on a flight] [from a city to another|from here to there|between towns|]
+    "actions.flight.about": """[Books|Reserves|Book|Gets] [a|some] [plane ticket|flight|seat on a flight] [from a city to another|from here to there|between towns]
 [Plane|Flight] [tickets|booking|reservation]""",
-    "actions.translate.about": """[Translates|Translate|Puts] [a|some|the] [text|words] [to|into] [a language|a given language|another tongue]
+    "actions.translate.about": """[Translates|Translate|Puts] [some|the] [text|words] [to|into] [a language|a given language|another tongue]
+Translates a text to a given language
 [Translation|Translator] [of a text|into a language|of words]""",
     "actions.order.about": """[Places|Makes|Sends] [an order|orders] [in the shop|for goods|for some pieces]
 [Order|Orders|Buy] [from a shop|goods|things for the user|articles]""",
@@ -173,7 +185,8 @@ Search [text|query|for what]""",
     "actions.timer.about": """[Starts|Sets|Runs|A] [a timer|an alarm|timer] [for a number of minutes|that rings after minutes|in minutes]
 [Alarm|Timer|Bell] [in some minutes|for minutes|after a time]""",
     "actions.search.about": """[Searches|Search|Look on] the web [for pages|for something|with words]
-[Look|Looks|Find|Finds] [for|up] [pages|sites|something on the web]""",
+[Looks|Finds|Find] [for|up] [pages|sites|something on the web]
+Look for [sites|something on the web]""",
     "convert.ask": """[Say|Find out|Work out|I wonder|I must know|Could you say] how many {t} {v} {s} [are|make|is]
 [{p} needs|{p} bought|{p} found|There are|Here are|We got|I measured] {v} {s}. [How many|How much in|What is that in] {t}[ is that?| are these?|?]
 [Please|Now|Kindly|] [turn|express|give|write|convert] {v} {s} [in|as|into|to] {t}[| for me]
@@ -193,15 +206,18 @@ It [is|was] {d}. [What|Which] date [follows|comes|is it|was it] {n} days [later|
 It [is|was] {d} [now|here|]. [What|Which] date [was|is] {n} days [ago|back|earlier|before that]?""",
     "date_difference.ask": """[Say|Find out|Work out|I wonder|Could you say] how many days [lie|there are|pass|it is] [from|between] {d} [to|and] {e}
 [A trip|The course|My work|The sale|Our stay] [goes|runs|lasts|is] from {d} [to|until] {e}. [How many|How long in] days [is it|is this|are these]?
-[Now|Please|Kindly|] [count|give|find] the [days|number of days] [from|between] {d} [to|and|until] {e}
+[Now|Kindly|] [count|give|find] the [days|number of days] [from|between] {d} [to|and|until] {e}
+Please give the number of days from {d} to {e}
 It [is|was] {d} [now|here|]. How many days [are left to|remain until|is it until|are there to] {e}?
 [Number|Count] of days from {d} to {e}?""",
     "weekday.ask": """[Say|Find out|Work out|I wonder|Could you say|Please name] [which|what] [weekday|day of the week] {d} [is|was|will be]
 [The party|The game|The exam|The show|A trip] [is|starts|will be] on {d}. [Which|What] [weekday|day of the week] is [it|this]?
-[Name|Find|Give|Look up] the [weekday|day of the week] [of|for] {d}
+[Name|Give|Look up] the [weekday|day of the week] [of|for] {d}
+Find the weekday [of|for] {d}
 [What|Which] [weekday|day of the week] [do we have|is it|was it|comes] on {d}?
 On [which|what] [weekday|day] [is|was|falls] {d}?""",
-    "arithmetic.ask": """[Please|Now|Kindly|Quickly|] [tell|say|work out|find|solve|compute|calculate] {e}[| for me| now]
+    "arithmetic.ask": """[Now|Kindly|Quickly|] [tell|say|work out|find|solve|compute|calculate] {e}[| for me| now]
+Please [tell|say|work out|find|calculate] {e}[| for me| now]
 [I want|I would like|I have|We need|I need] to [know|find out|compute] [what {e} is|how much {e} makes|{e}]
 [Can|Could|Would|Will] you [say|tell me|find|solve|calculate|evaluate] {e}?
 [What|How much] [does {e} make|is the value of {e}|would {e} be|comes out of {e}]?
@@ -210,24 +226,25 @@ On [which|what] [weekday|day] [is|was|falls] {d}?""",
     "arithmetic.add": """[the total|the sum] of the [two numbers|values] {a} and {b}
 [the number|a number,] {a} plus [the number|] {b}
 {a} [increased by|with|and then] {b} [added|more|on top]
-the sum {a}+{b}""",
+the sum that {a} + {b} makes""",
     "arithmetic.subtract": """the [result|value] of {a} minus {b}
 the number {a} less [the number|] {b}
 {a} [decreased by|reduced by|without] {b}
-the difference {a}-{b}
+the difference that {a} - {b} makes
 {a} minus [the value|a number,] {b}""",
     "arithmetic.multiply": """the [result|value] of {a} times {b}
 the number {a} multiplied by [the number|] {b}
 {a} [groups of|lots of] {b}
-the product {a}*{b}
+the product that {a} * {b} makes
 {a} times [the value|a number,] {b}""",
     "arithmetic.divide": """the [result|value] of {a} divided by {b}
 the number {a} over [the number|] {b}
 {a} [split by|shared by] {b}
-the quotient {a}/{b}
+the quotient that {a} / {b} makes
 {a} divided by [the value|the number|a number,] {b}""",
     "records.ask": """[I want|I would like|I need|We want] to [find out|learn|see|hear] [the|which] {k} of {x}
-[Please|Now|Kindly|] [find|look up|tell me|say|read] [which|what] {k} {x} [has|got]
+[Now|Kindly|] [find|look up|tell me|say|read] [which|what] {k} {x} [has|got]
+Please [find|say|read] [which|what] {k} {x} [has|got]
 [Could|Can|Would] you [look up|say|find|read] the {k} [of|for] {x}?
 [Find|Say|Read|See] the {k} [for|that belongs to] {x}
 {x}: [which|what] {k}?
@@ -241,7 +258,8 @@ the quotient {a}/{b}
 [I have|Here are|We got|Take] the [values|numbers] {l}. [What|Which] is the [smallest|least]?""",
     "lists.average.ask": """[Please|Now|] [tell|say|find|give] the [average|mean] of {l}
 [I have|Here are|We got|Take] the [values|numbers] {l}. What is [the average|the mean|their mean]?""",
-    "lists.sort.ask": """[Please|Now|] [order|arrange|sort] [these|the numbers|all of] {l}
+    "lists.sort.ask": """[Now|] [order|arrange|sort] [these|the numbers|all of] {l}
+Please [order|arrange] [these|the numbers|all of] {l}
 [I have|Here are|We got|Take] the [values|numbers] {l}. [Sort|Order|Arrange] them[| by size].""",
     "lists.count.ask": """[Please|Now|] [say|tell|find] how many words [there are|these are|we have]: {l}
 [I have|Here are|We got|Take] the words {l}. How many [are there|are these|is that]?""",
@@ -278,7 +296,8 @@ I [want|would like] to [listen to|hear the song] {x}""",
     "actions.order.ask": """[Please|Now|] [buy|get|order me] {n} [pieces|units] of {x}
 [I need|We need|We would like|I want] {n} [pieces|units] of {x}
 [Could|Can] you order {n} [of the|pieces of] {x}?""",
-    "actions.light.ask": """[Please|Now|] [switch|turn] [{switch} the {x} light|the {x} light {switch}]
+    "actions.light.ask": """[Now|] [switch|turn] [{switch} the {x} light|the {x} light {switch}]
+Please switch [{switch} the {x} light|the {x} light {switch}]
 [I would like|We want|I need] the {x} light [to be|turned|switched] {switch}
 [Could|Can] you turn the {x} light {switch}?""",
     "actions.timer.ask": """[Please|Now|] [set|run|make] [a timer|an alarm] [of|for|in] {n} minutes
@@ -295,8 +314,9 @@ I [want|would like] to [listen to|hear the song] {x}""",
     "talk.who": """[Please say|Say|Can you say|I wonder] [who you are|what you are called|your name]
 [Hello|Hey|Good day], [who are you?|what are you called?|who is this?]
 [Who|What model] [do I talk to?|is this?|is speaking?]""",
-    "talk.hello": """[Hey|Hi|Hello] [you|again|nano|friend][!|]
-[Good|A good] [day|afternoon|evening] [to you|nano|]
+    "talk.hello": """[Hey|Hi|Hello] [you|again|friend][!|]
+[Hey|Hello] nano[!|]
+[Good|A good] [day|afternoon|evening] [to you|nano]
 [Hi|Hey], how [is it going?|do you do?]""",
     "talk.can": """[Say|Show me|I wonder] what you [can do|are able to do|can help with]
 [Could|Would] you [assist|support] me?

@@ -3,6 +3,9 @@
 Every sentence that a model reads in a dialog (questions, descriptions of tools and arguments, system prompts) comes
 from a `Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over
 `ALL`. Slots are written `{name}` and filled with `str.format_map`; `[has|owns]` is a choice, made anew each time.
+
+Training has two sets: few phrasings at first, while copying is learned, then all of them (`more_phrases.py`), so that
+words are learned rather than sentences. A `Chance` with `rich` draws from all.
 """
 
 import re
@@ -10,20 +13,9 @@ from random import Random
 from typing import Any
 
 from karakoram.train.data.dialogs.more_phrases import MORE
-from karakoram.train.data.dialogs.more_phrases import MORE
 from karakoram.train.data.names import Split
 
 RICH_SHARE = 0.7
-
-RICH_SHARE = 0.7
-
-
-class Chance(Random):
-    """The random numbers of one dialog. `rich`: from all phrasings of training, not only the first ones."""
-
-    rich = False
-
-
 
 
 class Chance(Random):
@@ -49,7 +41,6 @@ class Phrases:
             split: tuple(line.strip() for line in text.strip().splitlines() if line.strip())
             for split, text in lines.items()
         }
-        self.name = name
         self.name = name
         assert name not in ALL, name
         ALL[name] = self
