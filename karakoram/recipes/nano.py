@@ -42,7 +42,7 @@ STEPS = 12_000
 MINUTES = 80.0  # of training; tokenizer, tokens and compiling take the other ten
 FIRST_SHARE = 0.8  # of steps and minutes, for the first part
 TOKENIZER_DOCUMENTS = 9_000
-WITH_DATA = {"dialogs": 0.8, "gsm8k": 0.12, "text": 0.08}
+WITH_DATA = Mix(dialogs=0.8, gsm8k=0.12, text=0.08)
 
 
 def configuration(steps: int = STEPS, minutes: float | None = MINUTES, seed: int = 0) -> TrainConfig:
@@ -148,7 +148,7 @@ def run_configuration(
         if not (tokenizer_dir / "tokenizer_config.json").is_file():
             console.print("Learning the tokenizer from generated dialogs (about a minute) …")
             train_tokenizer(tokenizer_dir, tokenizer_documents, config.seed)
-        mix = Mix(**WITH_DATA, data_dir=str(data_dir)) if data_dir else Mix()
+        mix = replace(WITH_DATA, data_dir=str(data_dir)) if data_dir else Mix()
         mix = replace(mix, rich=start_from is not None)
         cache = _tokens(config, out_dir / "tokens", tokenizer_dir, mix, threads, quiet)
         batches = Batches(cache, config.tokens_per_step, config.model.pad_token_id or 0, config.seed)

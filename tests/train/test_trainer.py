@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
 
 def test_the_finished_model_opens_with_the_same_logits(finished: tuple[Trainer, Path]) -> None:
     trainer, out = finished
-    model = karakoram.load_model(out / "model")
+    model = karakoram.load_model(out / "model", dense=True)  # the kernels round elsewhere
     with torch.no_grad():
         assert torch.equal(model(IDS), trainer.model(IDS)), "what was trained is what is stored, bit for bit"
 

@@ -22,54 +22,53 @@ inline float sum_of_group(const float* x) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
-// A code moved into the top of a mantissa is the number 1 + code / 16, without a conversion: three integer operations.
-template <int kShift>
-inline __m256 one_and_sixteenths(__m256i lanes) {
-  const __m256i moved = kShift < 19 ? _mm256_slli_epi32(lanes, kShift < 19 ? 19 - kShift : 0)
-                                    : _mm256_srli_epi32(lanes, kShift < 19 ? 0 : kShift - 19);
-  const __m256i code = _mm256_and_si256(moved, _mm256_set1_epi32(15 << 19));
-  return _mm256_castsi256_ps(_mm256_or_si256(code, _mm256_set1_epi32(0x3F800000)));
-}
-
-template <int kShift, int R>
-inline void add_products(__m256i low, __m256i high, const float* x, int64_t ldx, __m256 (&part)[R][2]) {
-  const __m256 w0 = one_and_sixteenths<kShift>(low), w1 = one_and_sixteenths<kShift>(high);
-  for (int r = 0; r < R; r++) {
-    const __m256 in = _mm256_broadcast_ss(x + r * ldx);
-    part[r][0] = _mm256_fmadd_ps(w0, in, part[r][0]);
-    part[r][1] = _mm256_fmadd_ps(w1, in, part[r][1]);
+// Two codes of a lane become two bf16 numbers 128 + code by one mask and one or: bf16 counts in ones from 128 to 255. Each is a
+// float32 after a shift or a mask. So two weights take five operations and no conversion.
+template <int R, int J>
+inline void add_products(__m256i low, __m256i high, const float* x, int64_t ldx, __m256 (&even)[R][2], __m256 (&odd)[R][2]) {
+  const __m256i lanes[2] = {low, high};
+  for (int h = 0; h < 2; h++) {
+    const __m256i moved = J ? _mm256_srli_epi32(lanes[h], 4 * J) : lanes[h];
+    const __m256i both = _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi32(0x000F000F)), _mm256_set1_epi32(0x43004300));
+    const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    for (int r = 0; r < R; r++) {
+      even[r][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(x + r * ldx + 2 * J), even[r][h]);
+      odd[r][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(x + r * ldx + 2 * J + 1), odd[r][h]);
+    }
   }
 }
 
-// Σ (1 + code/16)·x = Σ x + Σ code·x / 16, and the weight is code − 8: so a group is worth 16·part − 24·Σ x.
+// The weight is code − 8: a group is worth Σ (128 + code)·x − 136·Σ x.
 template <int R>
 void gemv_int4_avx2_rows(const float* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo) {
+  constexpr int kSets = R == 1 ? 2 : 1;  // a fused multiply-add takes four cycles: eight sums must be under way
   __m256 sum[R][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
   for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes, x += kBlock) {
     for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel + 4096 + 64 * line), _MM_HINT_T0);
     for (int group = 0; group < 2; group++) {
-      __m256 even[R][2], odd[R][2];  // two chains: an addition takes four cycles
-      for (int r = 0; r < R; r++) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = _mm256_setzero_ps();
+      __m256 even[kSets][R][2], odd[kSets][R][2];
+      for (int s = 0; s < kSets; s++)
+        for (int r = 0; r < R; r++)
+          even[s][r][0] = even[s][r][1] = odd[s][r][0] = odd[s][r][1] = _mm256_setzero_ps();
+#pragma GCC unroll 4
       for (int c = 0; c < 4; c++) {
         const __m256i* lanes = reinterpret_cast<const __m256i*>(panel + 256 * group + 64 * c);
         const __m256i low = _mm256_loadu_si256(lanes), high = _mm256_loadu_si256(lanes + 1);
         const float* in = x + kGroup * group + 8 * c;
-        add_products<0, R>(low, high, in, ldx, even);
-        add_products<16, R>(low, high, in + 1, ldx, odd);
-        add_products<4, R>(low, high, in + 2, ldx, even);
-        add_products<20, R>(low, high, in + 3, ldx, odd);
-        add_products<8, R>(low, high, in + 4, ldx, even);
-        add_products<24, R>(low, high, in + 5, ldx, odd);
-        add_products<12, R>(low, high, in + 6, ldx, even);
-        add_products<28, R>(low, high, in + 7, ldx, odd);
+        add_products<R, 0>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
+        add_products<R, 1>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
+        add_products<R, 2>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
+        add_products<R, 3>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
       }
       const uint8_t* scales = panel + 512 + 32 * group;
       const __m256 scale[2] = {scales_of(scales), scales_of(scales + 16)};
       for (int r = 0; r < R; r++) {
-        const __m256 offset = _mm256_set1_ps(-24.0f * sum_of_group(x + kGroup * group + r * ldx));
+        const __m256 offset = _mm256_set1_ps(-136.0f * sum_of_group(x + kGroup * group + r * ldx));
         for (int h = 0; h < 2; h++) {
-          const __m256 whole = _mm256_fmadd_ps(_mm256_add_ps(even[r][h], odd[r][h]), _mm256_set1_ps(16.0f), offset);
+          __m256 whole = offset;
+          for (int s = 0; s < kSets; s++) whole = _mm256_add_ps(_mm256_add_ps(even[s][r][h], odd[s][r][h]), whole);
           sum[r][h] = _mm256_fmadd_ps(whole, scale[h], sum[r][h]);
         }
       }
