@@ -39,6 +39,9 @@ def _prepared() -> Library | None:
     found = library()
     if found is None:
         return None
+    if not found.c.k2_isa_available(wish.encode()):
+        others = [name for name in found.isas() if name != "amx_emulated"]
+        raise InputError(f"{VARIABLE}={wish} cannot be used here.", f"Choose one of {', '.join(others)}, reference.")
     found.choose_isa(wish)
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and 0 < int(given) < found.threads:

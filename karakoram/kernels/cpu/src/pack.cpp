@@ -38,14 +38,16 @@ bool pack_int4_panel(const k2_tensor& codes, const k2_tensor& scale, int64_t pan
     uint16_t* scales = reinterpret_cast<uint16_t*>(out + 512);
     for (int half = 0; half < 2; half++, lanes += 64, scales += 16) {
       const int64_t group = 2 * block + half;
+      uint32_t raw[64];  // collected first, so that reordering nibbles is one loop over neighbours, which vectorises
       for (int64_t n = 0; n < kPanel; n++) {
         const int64_t row = panel * kPanel + n;
         const bool there = row < outputs && group < groups;
         const uint32_t* words = reinterpret_cast<const uint32_t*>(codes.data) + row * codes.strides[0] + 4 * group;
-        for (int c = 0; c < 4; c++) lanes[16 * c + n] = lane_from_word(there ? words[c] : kZeroWord);
+        for (int c = 0; c < 4; c++) raw[16 * c + n] = there ? words[c] : kZeroWord;
         scales[n] = there ? static_cast<const uint16_t*>(scale.data)[row * scale.strides[0] + group] : 0;
         finite &= (scales[n] & 0x7F80) != 0x7F80;
       }
+      for (int i = 0; i < 64; i++) lanes[i] = lane_from_word(raw[i]);
     }
   }
   return finite;
