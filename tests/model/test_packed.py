@@ -163,9 +163,9 @@ def test_nano_is_no_further_from_float32_than_torch(held_out: list[Tensor]) -> N
         print(
             f"\nnano, {name}: disagrees {wrong[dense]:.2%}, KL {mean[dense]:.2e}, all but 1 % {most[dense]:.2e}", end=""
         )
-    # a handful of positions, where nearly tied experts change places, make nine tenths of the mean KL: their number is
-    # luck on 2,000 positions. All others are held to torch's.
-    assert wrong[False] <= wrong[True] + 1e-3
+    assert wrong[False] <= wrong[True]
+    # a handful of positions, where nearly tied experts change places, make nine tenths of the mean: a tenth for luck
+    assert mean[False] <= 1.1 * mean[True]
     assert most[False] <= most[True]
 
 

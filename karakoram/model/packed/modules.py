@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from karakoram.formats import int4_group
 from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
-from karakoram.model.attention import LatentAttention
+from karakoram.model.attention import ABSORB_UP_TO, LatentAttention
 from karakoram.model.cache import Cache, LatentCache
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
-
-# Up to so many new tokens a row, attention runs absorbed over the cache, one query at a time in one call: a query costs
-# H·S·(2L + R) products, expanding the cache once S·H·L·(N + V). At K2's sizes they meet near 150 queries on paper;
-# measured (docs/kernels.md) torch's expanded attention starts slower, and prompts are longer than that anyway.
-ABSORB_UP_TO = 16
 
 
 class PackedLinear(nn.Module):
