@@ -38,5 +38,21 @@ class InputError(KarakoramError):
     """A wrong argument: token ids out of range, empty prompt, impossible option."""
 
 
+class ContextOverflow(InputError):
+    """Prompt and wanted tokens do not fit the context: `wanted` of `context` tokens."""
+
+    def __init__(self, what: str, fix: str, wanted: int, context: int) -> None:
+        super().__init__(what, fix)
+        self.wanted, self.context = wanted, context
+
+
+class SchemaError(InputError):
+    """A JSON Schema that cannot be enforced: `keyword` is the one at fault, `where` the path to it ("" the root)."""
+
+    def __init__(self, what: str, fix: str, keyword: str, where: str = "") -> None:
+        super().__init__(what, fix)
+        self.keyword, self.where = keyword, where
+
+
 class TrainingError(KarakoramError):
     """Training that cannot start or go on."""
