@@ -1,1 +1,1 @@
-"""Tokens in, tokens out: many requests at once over one model, one latent cache and one thread. Start at `engine.py`."""
+"""Tokens in, tokens out: many requests at once over one model and one latent cache. Start at `engine.py`."""

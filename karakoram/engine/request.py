@@ -113,7 +113,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability under the model (before temperature, penalties and masks), and the best ones."""
+    """A token's natural-log probability under the model, before temperature, penalties and masks; and the best ones."""
 
     token: int
     logprob: float

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
 from karakoram.model.backward.causal import causal_attention
-from karakoram.model.cache import Cache
+from karakoram.model.cache import Cache, PagedPass
 from karakoram.model.layers import RMSNorm, linear
 from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch
@@ -57,11 +57,15 @@ class LatentAttention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         positions_BT: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | PagedPass | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
         """Attend from x to itself and to the cache: [B, T, D] -> [B, T, D]. Without one, T counts from position 0."""
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, rotation)
+        if isinstance(cache, PagedPass):
+            rows_TW = torch.cat((latent, k_rope), -1)[0].to(cache.rows.dtype)
+            cache.flat(self.layer)[cache.slots_T] = rows_TW
+            return self.o_proj(self.paged(q_nope, q_rope, cache))
         if cache is None:
             out = self.expanded(q_nope, q_rope, latent, k_rope, None, watch)
             return self.o_proj(out)
@@ -70,6 +74,24 @@ class LatentAttention(nn.Module):
         visible_BTS = torch.arange(latent.shape[1], device=latent.device) <= positions_BT[..., None]
         attend = self.absorbed if x_BTD.shape[1] <= ABSORB_UP_TO else self.expanded
         return self.o_proj(attend(q_nope, q_rope, latent, k_rope, visible_BTS))
+
+    def paged(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, batch: PagedPass) -> Tensor:
+        """Attention of a ragged batch whose rows are written: [1, T, H·V]."""
+        parts: list[Tensor] = []
+        latent, dtype = self.config.kv_lora_rank, q_nope_BTHN.dtype
+        if batch.single:
+            rows, visible = batch.singles(self.layer)
+            rows = rows.to(dtype)
+            one = slice(0, batch.single)
+            q_nope, q_rope = q_nope_BTHN[0, one, None], q_rope_BTHR[0, one, None]
+            out = self.absorbed(q_nope, q_rope, rows[..., :latent], rows[..., latent:], visible)
+            parts.append(out.transpose(0, 1))
+        for span in batch.spans:
+            rows, visible = batch.context(self.layer, span)
+            rows, piece = rows.to(dtype), slice(span.first, span.first + span.count)
+            q_nope, q_rope = q_nope_BTHN[:, piece], q_rope_BTHR[:, piece]
+            parts.append(self.expanded(q_nope, q_rope, rows[..., :latent], rows[..., latent:], visible))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [B, T, H, N] and [B, T, H, R] (rotated), latent [B, T, L] (normed), rope key [B, T, R] (rotated)."""

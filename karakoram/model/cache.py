@@ -1,13 +1,19 @@
 """The latent cache: what MLA remembers of a token, 576 numbers a layer for K2 (512 latent + 64 rope key).
 
-A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the slots 0…p. That
-one rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding above p, where
-no query looks before it has been overwritten), without a mask that anyone must carry around.
+**Contiguous.** A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the
+slots 0…p. That one rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding
+above p, where no query looks before it has been overwritten), without a mask that anyone must carry around.
 
-Legend: B rows, T new tokens, S slots, L latent, R rope key.
+**In blocks**, for many sequences at once: everything but attention looks at one token at a time, so sequences of any
+number and length are simply concatenated, [1, T]. Attention finds in a `PagedPass` where each new token's row goes and
+which rows it sees. The first `single` tokens attend absorbed, each as a query of its own over its sequence's blocks
+(decoding, short pieces); the others come in `spans`, pieces of prompts that attend expanded.
+
+Legend: B rows, T new tokens, S slots, L latent, R rope key, W latent + rope key, M most blocks of a sequence.
 """
 
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,3 +90,50 @@ class LatentCache:
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all batch rows but these (a finished sequence leaves the batch)."""
         self.rows = self.rows[:, rows]
+
+
+class Span(NamedTuple):
+    """Tokens `first` to `first + count` of the batch belong to one sequence, whose context lies in `slots_S`."""
+
+    first: int
+    count: int
+    slots_S: Tensor  # int64: slots of positions 0 … S-1, this piece's own included
+
+
+@dataclass
+class PagedPass:
+    """Where the tokens of a pass live; made anew for each pass by whoever owns the blocks.
+
+    rows      [layers, blocks, block tokens, W]
+    slots_T   int64: block · block tokens + offset of each new token
+    seen_T    int64: how many tokens each query sees, itself included
+    tables    int32 [single, M]: blocks of each single token's sequence, in order
+    """
+
+    rows: Tensor
+    slots_T: Tensor
+    seen_T: Tensor
+    single: int
+    tables: Tensor
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Slots in use by the longest sequence."""
+        return int(self.seen_T.max())
+
+    def flat(self, layer: int) -> Tensor:
+        """A layer's rows by slot: [slots, W]."""
+        return self.rows[layer].flatten(0, 1)
+
+    def singles(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Rows that the single tokens' sequences hold, [single, S, W], and which of them each sees, [single, 1, S]."""
+        rows = self.rows[layer][self.tables.long()].flatten(1, 2)
+        seen = self.seen_T[: self.single, None, None]
+        return rows, torch.arange(rows.shape[1], device=rows.device) < seen
+
+    def context(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+        """Rows of a span's context, [1, S, W], and which of them each of its tokens sees, [1, count, S]."""
+        rows = self.flat(layer)[span.slots_S][None]
+        seen = self.seen_T[span.first : span.first + span.count, None]
+        return rows, (torch.arange(rows.shape[1], device=rows.device) < seen)[None]

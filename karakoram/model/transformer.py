@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from karakoram.config import ModelConfig
 from karakoram.errors import InputError
 from karakoram.model.attention import LatentAttention
-from karakoram.model.cache import Cache, LatentCache
+from karakoram.model.cache import Cache, LatentCache, PagedPass
 from karakoram.model.layers import RMSNorm, SwiGLU, linear
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.rope import inverse_frequencies, rotation_scale, rotations
@@ -43,7 +43,7 @@ class Layer(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         positions_BT: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | PagedPass | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         token_ids_BT: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | PagedPass | None = None,
         positions: Tensor | None = None,
         experts: ExpertBank | None = None,
         logits_for: Literal["all", "last"] = "all",
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
     def hidden(
         self,
         token_ids_BT: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | PagedPass | None = None,
         positions: Tensor | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,

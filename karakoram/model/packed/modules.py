@@ -15,7 +15,7 @@ from karakoram.formats import int4_group
 from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 from karakoram.model.attention import ABSORB_UP_TO, LatentAttention
-from karakoram.model.cache import Cache, LatentCache
+from karakoram.model.cache import Cache, LatentCache, PagedPass
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
@@ -128,27 +128,40 @@ class PackedAttention(LatentAttention):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
         positions_BT: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | PagedPass | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
         """As `LatentAttention.forward`."""
+        if isinstance(cache, PagedPass) and cache.rows.dtype == torch.bfloat16:
+            return self.o_proj(self.over_blocks(x_BTD, rotation, cache))
         if x_BTD.shape[1] > ABSORB_UP_TO or not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
             return super().forward(x_BTD, rotation, positions_BT, cache, watch)
         rows_BSx = cache.reserve(self.layer, positions_BT)
         return self.o_proj(self.decode(x_BTD, rotation, positions_BT, rows_BSx))
 
+    def over_blocks(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], batch: PagedPass) -> Tensor:
+        """`paged` on the kernels: [1, T, H·V]."""
+        c, latent = self.config, self.config.kv_lora_rank
+        rows = batch.rows[self.layer]
+        q_nope_nHN, queries = self._append(x_BTD[0], rotation, batch.slots_T, rows.flatten(0, 1)[None])
+        parts: list[Tensor] = []
+        if single := batch.single:
+            ops.linear_by_head(q_nope_nHN[:single], self.keys, latent, out=queries[:single, :, :latent])
+            mixed = ops.mla_decode(queries[:single], rows, batch.seen_T[:single], latent, self.scale, batch.tables)
+            assert isinstance(self.kv_b_proj, PackedLinear)
+            out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
+            parts.append(out.view(1, single, -1))
+        for span in batch.spans:
+            seen, visible = batch.context(self.layer, span)
+            piece = slice(span.first, span.first + span.count)
+            q_nope, q_rope = q_nope_nHN[None, piece], queries[None, piece, :, latent:]
+            parts.append(self.expanded(q_nope, q_rope, seen[..., :latent], seen[..., latent:], visible))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
     def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], positions_BT: Tensor, rows_BSx: Tensor) -> Tensor:
         """`project` and `absorbed` on the kernels, every query as a sequence of its own: [B, T, H·V]."""
-        c = self.config
-        x_nD, positions_n = x_BTD.flatten(0, 1), positions_BT.flatten().contiguous()
-        q_nD = self.q_proj(x_nD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_nD)))
-        q_nHx = q_nD.unflatten(-1, (c.num_attention_heads, -1))
-        q_nope, q_rope = q_nHx[..., : c.qk_nope_head_dim], q_nHx[..., c.qk_nope_head_dim :]
-        queries = torch.empty(*q_nHx.shape[:2], rows_BSx.shape[-1], dtype=q_nHx.dtype)
-        norm, cos, sin = self.kv_a_layernorm, rotation[0].flatten(0, 1), rotation[1].flatten(0, 1)
-        ops.latent_append(
-            self.kv_a_proj_with_mqa(x_nD), norm.weight, norm.eps, q_rope, cos, sin, positions_n, rows_BSx, queries
-        )
+        c, positions_n = self.config, positions_BT.flatten().contiguous()
+        q_nope, queries = self._append(x_BTD.flatten(0, 1), rotation, positions_n, rows_BSx)
         ops.linear_by_head(q_nope, self.keys, c.kv_lora_rank, out=queries[..., : c.kv_lora_rank])
         count = positions_BT.shape[1]
         if count > 1:
@@ -157,3 +170,18 @@ class PackedAttention(LatentAttention):
         assert isinstance(self.kv_b_proj, PackedLinear)
         out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
         return out.view(*positions_BT.shape, -1)
+
+    def _append(
+        self, x_nD: Tensor, rotation: tuple[Tensor, Tensor], slots_n: Tensor, rows_BSx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """New tokens into the cache; their queries: nope part [n, H, N], and [n, H, L + R] with only rope filled in."""
+        c = self.config
+        q_nD = self.q_proj(x_nD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_nD)))
+        q_nHx = q_nD.unflatten(-1, (c.num_attention_heads, -1))
+        q_nope, q_rope = q_nHx[..., : c.qk_nope_head_dim], q_nHx[..., c.qk_nope_head_dim :]
+        queries = torch.empty(*q_nHx.shape[:2], rows_BSx.shape[-1], dtype=q_nHx.dtype)
+        norm, cos, sin = self.kv_a_layernorm, rotation[0].flatten(0, 1), rotation[1].flatten(0, 1)
+        ops.latent_append(
+            self.kv_a_proj_with_mqa(x_nD), norm.weight, norm.eps, q_rope, cos, sin, slots_n, rows_BSx, queries
+        )
+        return q_nope, queries
