@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from karakoram.chat import dialects
 from karakoram.chat.messages import read_messages, read_tools
-from karakoram.chat.template import Prompt, Segment, build_prompt
+from karakoram.chat.template import Prompt, Segment, Written, build_prompt
 from karakoram.chat.tokenizer import Tokenizer, cut_points
 from karakoram.chat.tool_ids import canonical_ids
 from karakoram.errors import ChatError
@@ -68,14 +68,20 @@ class ChatFormat:
         preserve_thinking: bool = False,
         add_generation_prompt: bool = True,
         tool_ids: ToolIdStyle = "verbatim",
+        written: Mapping[int, Written] | None = None,
     ) -> Prompt:
-        """The prompt as segments of markers and text. ChatError names what is wrong in `messages` or `tools`."""
+        """The prompt as segments of markers and text. ChatError names what is wrong in `messages` or `tools`.
+
+        `written`: by index, the tokens of assistant messages that stand for their rendering (see `template.Written`).
+        """
         records = read_messages(messages)
         if tool_ids == "canonical":
             records, _ = canonical_ids(records)
         elif tool_ids != "verbatim":
             raise ChatError(f"Unknown tool_ids {tool_ids!r}.", "Use 'verbatim' or 'canonical'.")
-        return build_prompt(self.facts, records, read_tools(tools), thinking, preserve_thinking, add_generation_prompt)
+        return build_prompt(
+            self.facts, records, read_tools(tools), thinking, preserve_thinking, add_generation_prompt, written
+        )
 
     def render(
         self,
@@ -114,9 +120,13 @@ class ChatFormat:
         ids: list[int] = []
         run: list[str] = []
         position = 0
-        for text, is_marker in prompt:
+        for text, is_marker, token_ids in prompt:
             end = position + len(text)
-            if is_marker and text in special_ids:
+            if token_ids:
+                ids.extend(self.tokenizer.encode_uncut("".join(run)))
+                run.clear()
+                ids.extend(token_ids)
+            elif is_marker and text in special_ids:
                 ids.extend(self.tokenizer.encode_uncut("".join(run)))
                 run.clear()
                 ids.append(special_ids[text])

@@ -10,6 +10,9 @@ user wrote can never become a control token, whatever it spells.
     tool result         ## Return of ID\\nCONTENT
     generation prompt   <|im_assistant|>assistant<|im_middle|>[<think>[</think>]]
 
+An assistant message that the model wrote here can be given as the token ids it wrote (`Written`): they stand in the
+place of its rendering, so that a conversation goes on from the very tokens that are in the cache.
+
 Reasoning is kept only inside the current chain of tool calls: messages up to the last assistant message without tool
 calls are history, where the think block is rendered empty; assistant messages after it keep theirs. K2.6's
 `preserve_thinking` keeps all of it. Which dialect does what is `dialects.py`.
@@ -17,7 +20,8 @@ calls are history, where the think block is rendered empty; assistant messages a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from karakoram.chat import dialects as d
@@ -32,6 +36,21 @@ class Segment(NamedTuple):
 
     text: str
     is_marker: bool
+    token_ids: tuple[int, ...] = ()
+    """Of text that must not be encoded anew; `text` is empty then."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote as one assistant message, without the stop id.
+
+    in_reasoning    the prompt had opened reasoning for it
+    content_at      where in `token_ids` the reasoning and its closing marker end
+    """
+
+    token_ids: tuple[int, ...]
+    in_reasoning: bool
+    content_at: int
 
 
 class Prompt(list[Segment]):
@@ -44,6 +63,10 @@ class Prompt(list[Segment]):
         if text:
             self.append(Segment(text, False))
 
+    def insert_ids(self, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self.append(Segment("", False, tuple(token_ids)))
+
 
 def build_prompt(
     dialect: Dialect,
@@ -52,8 +75,12 @@ def build_prompt(
     thinking: bool = True,
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
+    written: Mapping[int, Written] | None = None,
 ) -> Prompt:
-    """The prompt for checked `messages` and `tools`. Dialects without thinking ignore the switches for it."""
+    """The prompt for checked `messages` and `tools`. Dialects without thinking ignore the switches for it.
+
+    `written`: by index, the tokens of assistant messages that stand for their rendering.
+    """
     preserve = preserve_thinking and dialect.preserves_thinking
     shows_reasoning = preserve or thinking or not dialect.think_prefill
     history_end = -1 if preserve else last_plain_answer(messages)
@@ -67,7 +94,11 @@ def build_prompt(
         prompt.write(dialect.default_system)
         prompt.mark(d.IM_END)
     for index, message in enumerate(messages):
-        _write_message(prompt, dialect, index, message, reasoning=shows_reasoning and index > history_end)
+        reasoning = shows_reasoning and index > history_end
+        if written is not None and index in written:
+            _write_again(prompt, dialect, message, written[index], reasoning)
+        else:
+            _write_message(prompt, dialect, index, message, reasoning)
     if add_generation_prompt:
         _open_frame(prompt, d.IM_ASSISTANT, "assistant")
         if dialect.think_prefill:
@@ -106,6 +137,19 @@ def _write_message(prompt: Prompt, dialect: Dialect, index: int, message: Messag
                 )
             prompt.write(f"## Return of {message.tool_call_id}\n")
         _write_content(prompt, dialect, index, message)
+    prompt.mark(d.IM_END)
+
+
+def _write_again(prompt: Prompt, dialect: Dialect, message: Message, written: Written, reasoning: bool) -> None:
+    """A message as the tokens that the model wrote; where reasoning is history, those after it."""
+    _open_frame(prompt, d.IM_ASSISTANT, (message.name if dialect.frame_names else None) or message.role)
+    if reasoning or not dialect.think_in_prompt:
+        if dialect.think_prefill:
+            _write_think(prompt, dialect, None if written.in_reasoning else "")
+        prompt.insert_ids(written.token_ids)
+    else:
+        _write_think(prompt, dialect, "")
+        prompt.insert_ids(written.token_ids[written.content_at :])
     prompt.mark(d.IM_END)
 
 

@@ -15,13 +15,12 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from karakoram.errors import InputError, TokenizerError
+from karakoram.errors import ContextOverflow, InputError, TokenizerError
+from karakoram.session.parts import CallIds, Delta, FinishReason, Parts
 
 Message = Mapping[str, Any]
-Delta = dict[str, Any]
-FinishReason = Literal["stop", "tool_calls", "length", "interrupted"]
 Generate = Callable[..., Iterator[int]]
 
 # Unless asked for more: the cache is laid out for prompt + new tokens, and all of K2's 262,144 would take 18 GB.
@@ -104,10 +103,10 @@ class Session:
             stop_ids=self.fmt.stop_ids,
         )
         parser = self.fmt.parser(tools=list(tools) if tools else None, thinking=thinking)
-        return self._deltas(tokens, _Answer(parser, _CallIds(messages)), len(prompt), limit)
+        return self._deltas(tokens, Parts(parser, CallIds(messages)), len(prompt), limit)
 
     def _deltas(
-        self, tokens: Iterator[int], answer: "_Answer", prompt_tokens: int, limit: int
+        self, tokens: Iterator[int], answer: Parts, prompt_tokens: int, limit: int
     ) -> Generator[Delta, None, None]:
         started = first = latest = time.perf_counter()
         ids: list[int] = []
@@ -175,91 +174,9 @@ def check_context(prompt_tokens: int, max_new_tokens: int | None, config: Any) -
         raise InputError(f"max_new_tokens is {max_new_tokens}.", "Ask for at least 1 new token.")
     wanted = 1 if max_new_tokens is None else max_new_tokens
     if prompt_tokens + wanted > context:
-        raise InputError(
+        raise ContextOverflow(
             f"The prompt has {prompt_tokens} tokens; with {wanted} new that is {prompt_tokens + wanted}, "
             f"but the model's context ends at {context}.",
-            "Shorten or reset the conversation, or ask for fewer new tokens.",
-        )
+            "Shorten or reset the conversation, or ask for fewer new tokens.", prompt_tokens + wanted, context,
+        )  # fmt: skip
     return min(context - prompt_tokens, DEFAULT_NEW_TOKENS) if max_new_tokens is None else max_new_tokens
-
-
-class _CallIds:
-    """Issues `functions.NAME:INDEX` for the calls of one answer, INDEX going on from the calls in the history."""
-
-    def __init__(self, messages: Sequence[Message]) -> None:
-        calls = [call for message in messages for call in message.get("tool_calls") or ()]
-        self._taken = {call.get("id") for call in calls}
-        self._first = len(calls)
-        self._issued: dict[int, str] = {}
-
-    def issue(self, position: int, name: str) -> str:
-        """The id of the answer's call number `position` (from 0); the same position always gets the same id."""
-        if position not in self._issued:
-            index = self._first + position
-            while f"functions.{name}:{index}" in self._taken:
-                index += 1  # a foreign id in the history happens to look like this one
-            self._issued[position] = f"functions.{name}:{index}"
-            self._taken.add(self._issued[position])
-        return self._issued[position]
-
-
-class _Answer:
-    """A parser's deltas with our call ids, and at the end whatever the parser had held back."""
-
-    def __init__(self, parser: Any, call_ids: _CallIds) -> None:
-        self._parser = parser
-        self._call_ids = call_ids
-        self._sent = {"reasoning_content": "", "content": ""}
-        self._sent_arguments: dict[int, str] = {}
-        self._message: dict[str, Any] | None = None
-
-    def feed(self, token: int) -> Iterator[Delta]:
-        for delta in self._parser.feed([token]):
-            yield self._with_our_ids(delta)
-
-    def finish(self, reason: str) -> Iterator[Delta]:
-        """Close the parser; yield the tail that no delta has shown yet."""
-        message = self._finished(reason)
-        for key, sent in self._sent.items():
-            whole = message.get(key) or ""
-            if len(whole) > len(sent) and whole.startswith(sent):
-                yield {key: whole[len(sent) :]}
-        for position, call in enumerate(message.get("tool_calls") or ()):
-            function, sent = call["function"], self._sent_arguments.get(position)
-            tail = function["arguments"][len(sent or "") :]
-            if sent is None:
-                yield {"tool_calls": [{"index": position, **call}]}
-            elif tail:
-                yield {"tool_calls": [{"index": position, "function": {"arguments": tail}}]}
-
-    def message(self, reason: FinishReason) -> tuple[dict[str, Any], FinishReason]:
-        """The whole assistant message and why it ended. "interrupted" keeps what was said until then."""
-        message = dict(self._finished("length" if reason == "interrupted" else reason))
-        parsed: FinishReason = message.pop("finish_reason", reason)
-        return message, "interrupted" if reason == "interrupted" else parsed
-
-    def _finished(self, reason: str) -> dict[str, Any]:
-        if self._message is None:
-            message = {"role": "assistant", **self._parser.finish(reason)}
-            if calls := message.get("tool_calls"):
-                message["tool_calls"] = [
-                    {**call, "id": self._call_ids.issue(position, call["function"]["name"])}
-                    for position, call in enumerate(calls)
-                ]
-            self._message = message
-        return self._message
-
-    def _with_our_ids(self, delta: Delta) -> Delta:
-        for key in self._sent:
-            self._sent[key] += delta.get(key) or ""
-        if not delta.get("tool_calls"):
-            return delta
-        calls = [self._with_our_id(dict(call)) for call in delta["tool_calls"]]
-        return {**delta, "tool_calls": calls}
-
-    def _with_our_id(self, call: dict[str, Any]) -> dict[str, Any]:
-        position, function = call["index"], call.get("function") or {}
-        if call.get("id") is not None:
-            call["id"] = self._call_ids.issue(position, function["name"])
-        self._sent_arguments[position] = self._sent_arguments.get(position, "") + (function.get("arguments") or "")
-        return call

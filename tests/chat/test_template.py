@@ -239,7 +239,7 @@ def test_encode_is_the_encoding_of_the_rendered_text(
 
 
 def _markers(prompt: Prompt, tok: Tokenizer) -> list[int]:
-    return [tok.special_ids[text] for text, is_marker in prompt if is_marker and text in tok.special_ids]
+    return [tok.special_ids[s.text] for s in prompt if s.is_marker and s.text in tok.special_ids]
 
 
 @given(st.sampled_from(sorted(DIALECTS)), conversations(hostile), switches)
