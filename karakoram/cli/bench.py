@@ -151,6 +151,58 @@ def model(
         typer.echo(f"{report['estimate']['what']}: {report['estimate']['decode_tokens_per_s']:.3g} tokens/s decoded.")
 
 
+@bench_command.command("batch")
+def batch(
+    preset: Annotated[str, typer.Option(help="Whose shape; see `k2 inspect`.")] = "moonlight-16b",
+    weight_format: Annotated[
+        str, typer.Option("--format", help="int4: experts only, as published; int4-all.")
+    ] = "int4-all",
+    sequences: Annotated[str, typer.Option(metavar="N,N,…", help="How many advance together.")] = "1,8,16",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens to decode in each sequence.")] = 32,
+    layers: Annotated[int | None, typer.Option(min=1, help="Run so many layers.")] = None,
+    threads: Threads = None,
+    isa: IsaOption = None,
+    as_json: Json = False,
+) -> None:
+    """Batched decoding through the engine, at a preset's shape with random weights.
+
+    \b
+    Examples:
+      k2 bench batch --preset moonlight-16b --sequences 1,8,16 --json
+    """
+    counts = _numbers(sequences, "--sequences")
+    from karakoram.evals.bench.batch import batch_bench
+
+    _finish(
+        batch_bench(
+            preset, weight_format, counts, prompt, generate, layers, _threads(threads), isa and isa.value, _progress()
+        ),
+        as_json,
+    )
+
+
+@bench_command.command("serve")
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint; by default the bundled one.")] = None,
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Concurrent streams.")] = 32,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 256,
+    threads: Threads = None,
+    isa: IsaOption = None,
+    as_json: Json = False,
+) -> None:
+    """The server under load from another process, beside the engine called directly.
+
+    \b
+    Examples:
+      k2 bench serve --json
+      k2 bench serve --streams 8 --generate 512
+    """
+    from karakoram.evals.bench.serve import serve_bench
+
+    _finish(serve_bench(model, streams, generate, _threads(threads), isa and isa.value, _progress()), as_json)
+
+
 # ------------------------------------------------------------------------------------------------ in and out
 
 
