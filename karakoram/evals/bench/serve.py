@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from karakoram.chat.format import ChatFormat, load_chat_format
+from karakoram.chat.format import load_chat_format
 from karakoram.engine.engine import Engine
 from karakoram.engine.request import Request, Sampling
 from karakoram.env import bundled_model_dir
 from karakoram.errors import KarakoramError
 from karakoram.evals.bench.report import Say, bracketed, silent
 from karakoram.model.load import load_model
-from karakoram.model.transformer import Transformer
 
 ROUNDS = 5
 START_S = 120.0
@@ -125,7 +124,7 @@ def serve_bench(
 
 
 def _rows(direct: list[Stream], fixed: list[Stream], one: list[Stream], many: list[Stream]) -> list[Served]:
-    engine, exact, server = (_one(what, s) for what, s in (("engine", direct), ("engine, deterministic", fixed), ("server", one)))  # fmt: skip
+    engine, exact, server = _one("engine", direct), _one("engine, deterministic", fixed), _one("server", one)
     began, ended = min(s.times[0] for s in many), max(s.times[-1] for s in many)
     gaps = sorted(gap for s in many for gap in s.gaps_ms)
     together = sum(s.tokens for s in many) / (ended - began)
@@ -219,7 +218,10 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gener
         "ignore_eos": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: k2\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: k2\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
     stream = Stream(time.perf_counter())
     writer.write(head.encode() + data)
     status = await reader.readline()
