@@ -41,6 +41,12 @@ def chat_command(
     demo_tools: Annotated[
         bool, typer.Option("--demo-tools", help="Declare calculator, dates and units, and run them in this process.")
     ] = False,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Talk to a server instead; MODEL is then a name it knows.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="K2_API_KEY", show_envvar=True, help="For --url.")
+    ] = None,
     dialect: options.Dialect = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -61,22 +67,31 @@ def chat_command(
       k2 chat "What is 17 * 23?" --demo-tools
       k2 chat ./my-checkpoint --system "Answer in French."
       echo "Say hello." | k2 chat nano
+      k2 chat --url http://127.0.0.1:8000
     """
     from karakoram.cli import opening
     from karakoram.cli.terminal.conversation import Conversation, as_json
     from karakoram.cli.terminal.view import AnswerView
 
-    model, prompt = model_and_prompt(model, prompt)
+    if url is None:
+        model, prompt = model_and_prompt(model, prompt)
+    elif model is not None and prompt is None and (" " in model or model == "-"):
+        model, prompt = None, model  # a lone argument with a space in it is no server's name for a model
     interactive = prompt is None and sys.stdin.isatty()
     if not interactive:
         prompt = given_prompt(prompt)
     declared = _declarations(tools, demo_tools)
     view = AnswerView()
-    opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [])
-    sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)
+    if url is not None:
+        session, sampling, where = opening.open_remote(url, model, api_key, temperature, top_p)
+    else:
+        assert model is not None
+        opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [])
+        sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)
+        session, where = opened.session(), f"{model} · {opened.fmt.dialect} · {opened.where} · {sampling}"
     lines = _line_input() if interactive else None
     conversation = Conversation(
-        session=opened.session(),
+        session=session,
         view=view,
         sampling=sampling,
         tools=declared,
@@ -86,7 +101,7 @@ def chat_command(
         max_new_tokens=max_tokens,
         seed=seed,
     )
-    view.note(f"{model} · {opened.fmt.dialect} · {opened.where} · {sampling}")
+    view.note(where)
     if lines is None:
         assert prompt is not None
         if calls := conversation.answer(prompt):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from karakoram.cli.opening import Sampling
+from karakoram.cli.opening import Sampling, ServerSampling
 from karakoram.cli.terminal.view import AnswerView
-from karakoram.session import Session, Turn
+from karakoram.session import Turn
 
 MAX_ROUNDS = 8  # of tool calls for one question: enough for any demonstration, an end for a model that loops
 
@@ -23,9 +23,9 @@ Call = Mapping[str, Any]
 class Conversation:
     """`answer_call` gives a tool call's result as text, or None to leave the calls unanswered and end the turn."""
 
-    session: Session
+    session: Any  # Session, or RemoteSession
     view: AnswerView
-    sampling: Sampling
+    sampling: Sampling | ServerSampling
     tools: list[dict[str, Any]]
     answer_call: Callable[[Call], str | None]
     system: str | None = None
