@@ -1,0 +1,406 @@
+"""From the engine's thread to the connections.
+
+    engine's thread                  event loop
+    ───────────────                  ────────────────────────────────────────────────────────────────
+    one step ──listener──▶ inbox ──▶ NewsDesk ──▶ Exchange (one for each HTTP request) ──▶ its consumer
+                    one wake-up a step            news that its consumer has not taken yet
+
+One listener serves all requests: however many sequences a step has, the loop is woken once. The desk hands each piece
+of news to its exchange and rings the exchange's bell; the consumer (a stream, a whole answer, a recording) takes what
+has gathered. While a consumer writes, news gathers and becomes one chunk: under load chunks grow and their number does
+not. A consumer whose reader has stopped reading is cut off after `Limits.pending_tokens`.
+
+Everything but `NewsDesk.listener` runs in the event loop, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from json.encoder import encode_basestring
+from typing import Any
+
+from karakoram.engine.request import News
+from karakoram.errors import KarakoramError
+from karakoram.serve.metrics import Metrics
+from karakoram.serve.refusal import Refusal
+from karakoram.serve.service import Service
+from karakoram.serve.surface import Call, Events
+from karakoram.session.chat import Answer
+from karakoram.session.parts import Delta
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+log = logging.getLogger("karakoram.serve")
+
+_CLOCK = time.perf_counter
+
+
+def json_text(text: str) -> bytes:
+    """A JSON string, quotes included, in UTF-8: what is escaped for each chunk of a stream."""
+    return encode_basestring(text).encode("utf-8", "replace")
+
+
+def sse_event(kind: str, data: bytes) -> bytes:
+    """One named event; `data` is JSON without line feeds."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+
+class Bell:
+    """Wakes the one who waits; rung before anybody waits, it wakes the next one. Half the price of asyncio.Event."""
+
+    __slots__ = ("_future", "_rung")
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+        self._rung = False
+
+    def ring(self) -> None:
+        """Wake who waits."""
+        future = self._future
+        if future is None:
+            self._rung = True
+        elif not future.done():
+            future.set_result(None)
+
+    async def wait(self) -> None:
+        """Until the next ring."""
+        if self._rung:
+            self._rung = False
+            return
+        self._future = asyncio.get_running_loop().create_future()
+        try:
+            await self._future
+        finally:
+            self._future = None
+
+
+class Exchange:
+    """One HTTP request's answers while the engine writes them, and what has come and was not yet taken.
+
+    `bell` rings when there is something to take, when the answers have ended, when `refusal` says why they will not
+    (nothing is brought from then on), and when `gone` says that nobody waits for them.
+    """
+
+    def __init__(self, call: Call, answers: Sequence[Answer], arrived: float, at_least: int = 1) -> None:
+        self.call, self.answers, self.arrived = call, answers, arrived
+        self.bell = Bell()
+        self.refusal: Refusal | None = None
+        self.gone = False
+        self.unfinished = len(answers)
+        self.pending: list[tuple[Answer, News]] = []
+        self.pending_tokens = 0
+        self._at_least = at_least
+
+    def bring(self, answer: Answer, news: News) -> None:
+        """News of one answer, from the desk."""
+        self.pending.append((answer, news))
+        self.pending_tokens += len(news.tokens)
+        if news.finish is not None:
+            self.unfinished -= 1
+        if self.pending_tokens >= self._at_least or not self.unfinished:
+            self.bell.ring()
+
+    def take(self) -> list[tuple[Answer, list[Delta]]]:
+        """Feed the answers with what has come; the deltas, in order."""
+        taken, self.pending, self.pending_tokens = self.pending, [], 0
+        if len(taken) > 1:
+            taken = _joined(taken)
+        return [(answer, merged(answer.feed(news))) for answer, news in taken]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come than what is pending."""
+        return not self.unfinished or self.refusal is not None
+
+
+def _joined(taken: list[tuple[Answer, News]]) -> list[tuple[Answer, News]]:
+    """Each answer's news as one."""
+    whole: dict[int, tuple[Answer, News]] = {}
+    for answer, news in taken:
+        first = whole.get(answer.index)
+        if first is not None:
+            before = first[1]
+            news = News(
+                news.id,
+                before.tokens + news.tokens,
+                news.finish,
+                before.logprobs + news.logprobs,
+                before.prompt_logprobs or news.prompt_logprobs,
+                before.cached_tokens or news.cached_tokens,
+                news.error,
+            )
+        whole[answer.index] = (answer, news)
+    return list(whole.values())
+
+
+def merged(deltas: list[Delta]) -> list[Delta]:
+    """Neighbours of one kind as one: what came together is sent together."""
+    if len(deltas) < 2:
+        return deltas
+    kept = [deltas[0]]
+    for delta in deltas[1:]:
+        before = kept[-1]
+        if len(delta) == 1 == len(before):
+            (kind, more), (last_kind, said) = *delta.items(), *before.items()
+            if kind == last_kind and isinstance(more, str):
+                kept[-1] = {kind: said + more}
+                continue
+            if kind == last_kind == "tool_calls" and (whole := _one_call(said, more)) is not None:
+                kept[-1] = {kind: [whole]}
+                continue
+        kept.append(delta)
+    return kept
+
+
+def _one_call(said: list[dict[str, Any]], more: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The call with the further arguments in `more`; None where that is something else."""
+    if len(said) != 1 or len(more) != 1 or "id" in more[0] or more[0].get("index") != said[0].get("index"):
+        return None
+    call, added = said[0], more[0]["function"]
+    if set(added) != {"arguments"}:
+        return None
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": (function.get("arguments") or "") + added["arguments"]}}
+
+
+class _Run:
+    """What the desk knows of one sequence."""
+
+    __slots__ = ("answer", "exchange", "first", "last", "tokens")
+
+    def __init__(self, exchange: Exchange, answer: Answer) -> None:
+        self.exchange, self.answer = exchange, answer
+        self.first = self.last = 0.0
+        self.tokens = 0
+
+
+class NewsDesk:
+    """Submits exchanges to the engine, and brings them its news. One for each server; lives in its event loop."""
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+        self._service, self._loop = service, loop
+        self._runs: dict[str, _Run] = {}
+        self._exchanges: set[Exchange] = set()
+        self._inbox: deque[tuple[float, Sequence[News]]] = deque()
+        self._awake = False
+        self._listener = self.listener  # one object: engines group news by listener
+        self._most_pending = service.limits.pending_tokens
+
+    def listener(self, news: Sequence[News]) -> None:
+        """The engine's listener, in the engine's thread: remember, and wake the loop unless it is awake already."""
+        self._inbox.append((_CLOCK(), news))
+        if not self._awake:
+            self._awake = True
+            try:
+                self._loop.call_soon_threadsafe(self._dispatch)
+            except RuntimeError:  # the loop is closed: the server has ended, nobody waits for this
+                self._inbox.clear()
+
+    def submit(self, exchange: Exchange) -> None:
+        """Hand all answers to the engine, or none. QueueFull, EngineStopped, InputError. May run in another thread."""
+        source = self._service.source
+        self._exchanges.add(exchange)
+        for answer in exchange.answers:
+            self._runs[answer.request.id] = _Run(exchange, answer)
+        try:
+            for answer in exchange.answers:
+                source.submit(answer.request, self._listener)
+        except KarakoramError:
+            exchange.gone = True
+            self._cancel(exchange)
+            for answer in exchange.answers:
+                self._runs.pop(answer.request.id, None)
+            raise
+
+    def drop(self, exchange: Exchange) -> None:
+        """Nobody waits for these answers any more: cancel what still runs."""
+        exchange.gone = True
+        self._cancel(exchange)
+        exchange.bell.ring()
+
+    def cut_off(self, exchange: Exchange, refusal: Refusal) -> None:
+        """End these answers with `refusal`, and cancel what still runs."""
+        if exchange.refusal is None:
+            exchange.refusal = refusal
+        self._cancel(exchange)
+        exchange.bell.ring()
+
+    def cut_off_all(self, refusal: Refusal) -> None:
+        """End all answers: the server is shutting down."""
+        for exchange in list(self._exchanges):
+            self.cut_off(exchange, refusal)
+
+    def _cancel(self, exchange: Exchange) -> None:
+        self._exchanges.discard(exchange)
+        for answer in exchange.answers:
+            if answer.request.id in self._runs:
+                self._service.source.cancel(answer.request.id)
+
+    def _dispatch(self) -> None:
+        self._awake = False  # before the inbox is emptied: what comes from now on wakes the loop again
+        inbox, runs, metrics = self._inbox, self._runs, self._service.metrics
+        while inbox:
+            at, step = inbox.popleft()
+            for news in step:
+                run = runs.get(news.id)
+                if run is None:
+                    continue
+                if news.tokens:
+                    _observe(metrics, run, at, len(news.tokens))
+                if news.finish is not None:
+                    del runs[news.id]
+                    self._end(run, news, at)
+                exchange = run.exchange
+                if exchange.refusal is None and not exchange.gone:
+                    exchange.bring(run.answer, news)
+                    if exchange.pending_tokens > self._most_pending:
+                        self._overrun(exchange)
+
+    def _overrun(self, exchange: Exchange) -> None:
+        exchange.pending, exchange.pending_tokens = [], 0
+        what = f"The reader has fallen behind by more than {self._most_pending} tokens."
+        self.cut_off(exchange, Refusal(408, f"{what} Read faster.", code="slow_reader"))
+
+    def _end(self, run: _Run, news: News, at: float) -> None:
+        metrics, answer = self._service.metrics, run.answer
+        metrics.finish(news.finish or "error", len(answer.request.prompt))
+        metrics.whole.observe(at - run.exchange.arrived)
+        if run.tokens > 1:
+            metrics.per_token.observe((run.last - run.first) / (run.tokens - 1))
+        exchange = run.exchange
+        if exchange.unfinished <= 1:
+            self._exchanges.discard(exchange)
+        if exchange.gone or exchange.refusal is not None:
+            return
+        if news.finish == "error":
+            self.cut_off(
+                exchange, Refusal(503, f"The engine has failed: {news.error or 'no reason given'}.", code="engine")
+            )
+        elif news.finish == "cancelled":
+            self.cut_off(exchange, Refusal(503, "The engine has been stopped.", code="engine_stopped"))
+
+
+def _observe(metrics: Metrics, run: _Run, at: float, tokens: int) -> None:
+    if run.tokens:
+        metrics.between.observe((at - run.last) / tokens, tokens)
+    else:
+        metrics.first_token.observe(at - run.exchange.arrived)
+        run.first = at
+    run.last = at
+    run.tokens += tokens
+    metrics.generation_tokens += tokens
+
+
+class Pulse:
+    """Rings the bells of connections in which nothing was sent for a while."""
+
+    def __init__(self, interval_s: float) -> None:
+        self.interval_s = interval_s
+        self._lines: set[Line] = set()
+
+        self.add, self.remove = self._lines.add, self._lines.discard
+
+    def tick(self) -> None:
+        """Ring where it is time; to be called a few times in each interval."""
+        late = _CLOCK() - self.interval_s
+        for line in self._lines:
+            if line.sent_at < late:
+                line.bell.ring()
+
+
+class Line:
+    """One connection that is being streamed to."""
+
+    def __init__(self, send: Send, bell: Bell, pulse: Pulse) -> None:
+        self._send, self.bell, self._pulse = send, bell, pulse
+        self.sent_at = _CLOCK()
+
+    async def open(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send the status and the headers."""
+        self._pulse.add(self)
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*SSE_HEADERS, *headers]})
+
+    async def write(self, body: bytes, last: bool = False) -> None:
+        """Send a piece of the body. Waits while the reader is slow."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        self.sent_at = _CLOCK()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is time for a ping."""
+        return _CLOCK() - self.sent_at >= self._pulse.interval_s
+
+    def close(self) -> None:
+        """Forget this connection."""
+        self._pulse.remove(self)
+
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+async def left(receive: Receive) -> None:
+    """Until the client has closed the connection. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_stream(exchange: Exchange, events: Events, line: Line, headers: list[tuple[bytes, bytes]]) -> None:
+    """Answer with a stream of events until the answers end or `exchange.gone`."""
+    try:
+        await line.open(headers)
+        started = False
+        while not exchange.gone:
+            await exchange.bell.wait()
+            if exchange.gone:
+                return
+            over = exchange.over
+            if exchange.pending or over:
+                body, started = encode(exchange, events, started, over)
+            else:
+                body = events.ping() if line.quiet else b""
+            if body or over:
+                await line.write(body, last=over)
+            if over:
+                return
+    finally:
+        line.close()
+
+
+def encode(exchange: Exchange, events: Events, started: bool, over: bool) -> tuple[bytes, bool]:
+    """What has come, as events, with the end where it is `over`; and whether the stream has now started."""
+    parts: list[bytes] = []
+    try:
+        taken = exchange.take()
+        if not started and (taken or over):
+            parts.append(events.start(exchange.answers))
+            started = True
+        for answer, deltas in taken:
+            if deltas or answer.finish_reason is not None:
+                parts.append(events.deltas(answer, deltas))
+    except Exception:  # a bug in parsing or encoding one answer must not take the others' server down
+        log.exception("An answer could not be encoded")
+        exchange.refusal = Refusal(503, "The answer could not be encoded; the log says why.", code="internal")
+    if over:
+        refusal = exchange.refusal
+        parts.append(events.finish(exchange.answers) if refusal is None else events.fail(refusal))
+    return (parts[0] if len(parts) == 1 else b"".join(parts)), started
+
+
+async def gather(exchange: Exchange) -> None:
+    """Feed the answers until all have ended. Raises the `Refusal` where they will not."""
+    while not exchange.gone:
+        exchange.take()
+        if exchange.over and not exchange.pending:
+            break
+        await exchange.bell.wait()
+    if exchange.refusal is not None:
+        raise exchange.refusal

@@ -1,0 +1,170 @@
+"""A real server on a free port, over a scripted engine that speaks nano's chat format."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from karakoram.chat import ChatFormat, load_chat_format
+from karakoram.engine.request import Request
+from karakoram.engine.scripted import ScriptedEngine
+from karakoram.env import bundled_model_dir
+from karakoram.serve.app import create_app
+from karakoram.serve.listen import Server, bind, url_of
+from karakoram.serve.service import Limits, Opened, Service
+from karakoram.session.chat import ChatSession
+
+WAIT_S = 30.0  # for what must happen at once; only a broken server takes it
+MODEL = "nano"
+Piece = str | int
+
+
+@pytest.fixture(scope="session")
+def fmt() -> ChatFormat:
+    """nano's chat format: thinking, tools, 4,096 tokens."""
+    return load_chat_format(bundled_model_dir())
+
+
+class Words:
+    """Writes scripts: text and markers to token ids."""
+
+    def __init__(self, fmt: ChatFormat) -> None:
+        self.fmt = fmt
+
+    def ids(self, *pieces: Piece) -> list[int]:
+        """Token ids of texts, and of markers such as `<|im_end|>`."""
+        special = self.fmt.tokenizer.special_ids
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+            elif piece in special:
+                ids.append(special[piece])
+            else:
+                ids.extend(self.fmt.tokenizer.encode(piece))
+        return ids
+
+    def answer(self, content: str, reasoning: str | None = None) -> list[int]:
+        """A whole turn with content; the prompt has opened the reasoning."""
+        return self.ids(reasoning or "", "</think>", content, "<|im_end|>")
+
+    def calls(self, *calls: tuple[str, str], reasoning: str = "", first: int = 0) -> list[int]:
+        """A whole turn with tool calls, each a name and the JSON of its arguments."""
+        pieces: list[Piece] = [reasoning, "</think>", "<|tool_calls_section_begin|>"]
+        for index, (name, arguments) in enumerate(calls, first):
+            header = f"functions.{name}:{index}"
+            pieces += ["<|tool_call_begin|>", header, "<|tool_call_argument_begin|>", arguments, "<|tool_call_end|>"]
+        return self.ids(*pieces, "<|tool_calls_section_end|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def words(fmt: ChatFormat) -> Words:
+    return Words(fmt)
+
+
+class Gate:
+    """Holds a script until the test says go; a script that is held for too long ends."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def pass_(self) -> None:
+        assert self._open.wait(WAIT_S), "nobody opened the gate"
+
+
+class Running:
+    """A server, its parts, and a plain client."""
+
+    def __init__(self, url: str, service: Service, engine: ScriptedEngine, server: Server) -> None:
+        self.url, self.service, self.engine, self.server = url, service, engine, server
+        self.http = httpx.Client(base_url=url, timeout=WAIT_S)
+
+    def chat(self, text: str = "Hi", **fields: Any) -> httpx.Response:
+        """POST a conversation of one message."""
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def idle(self) -> bool:
+        """Whether the engine becomes idle: every request has ended."""
+        return until(lambda: self.engine.live == 0)
+
+    def still_answers(self) -> None:
+        """Other requests are undisturbed: an ordinary one is answered."""
+        answer = self.chat("ping")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"]
+
+
+def until(true: Callable[[], bool]) -> bool:
+    """Whether this becomes true. Asks again whenever other threads have had a turn."""
+    wake = threading.Event()
+    for _ in range(int(WAIT_S / 0.005)):
+        if true():
+            return True
+        wake.wait(0.005)
+    return False
+
+
+Script = Callable[[Request], Iterable[int]]
+
+
+@contextmanager
+def running(
+    fmt: ChatFormat,
+    script: Script,
+    keys: tuple[str, ...] = (),
+    limits: Limits | None = None,
+    loaded: bool = True,
+    context: int = 4096,
+    most: int = 1024,
+) -> Iterator[Running]:
+    """A server over a scripted engine, for as long as the block lasts."""
+    engine = ScriptedEngine(script, fmt.tokenizer.n_vocab, context, most)
+    service = Service((MODEL, "alias/of-nano"), keys, limits, version="1.2.3")
+    opened = Opened(engine, ChatSession(engine, fmt), fmt)
+    if loaded:
+        service.ready(opened)
+    bound = bind("127.0.0.1", 0)
+    server = Server(create_app(service))
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    server_running = Running(url_of(bound), service, engine, server)
+    server_running.ready = lambda: service.ready(opened)  # type: ignore[attr-defined]
+    try:
+        assert until(lambda: server.started)
+        yield server_running
+    finally:
+        server_running.http.close()
+        server.should_exit = True
+        thread.join(WAIT_S)
+        engine.close()
+        assert not thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture
+def serve(fmt: ChatFormat) -> Iterator[Callable[..., Running]]:
+    """Starts servers that end with the test: `serve(script, keys=…, limits=…)`."""
+    opened: list[Any] = []
+
+    def start(script: Script, **options: Any) -> Running:
+        context = running(fmt, script, **options)
+        opened.append(context)
+        return context.__enter__()
+
+    yield start
+    for context in reversed(opened):
+        context.__exit__(None, None, None)
+
+
+def closed_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
