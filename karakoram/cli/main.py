@@ -25,6 +25,7 @@ from karakoram.errors import KarakoramError
 COMMANDS = {
     "chat": ("karakoram.cli.chat", "chat_command", "Talk to a model; without arguments, to the bundled one."),
     "generate": ("karakoram.cli.generate", "generate_command", "Continue a text, greedily unless told otherwise."),
+    "serve": ("karakoram.cli.serve", "serve_command", "Serve a model through OpenAI's and Anthropic's APIs."),
     "inspect": ("karakoram.cli.inspect", "inspect_command", "Sizes and costs of a checkpoint or preset."),
     "convert": ("karakoram.cli.convert", "convert_command", "Write a checkpoint in another format, losing no bit."),
     "quantize": ("karakoram.cli.quantize", "quantize_command", "Write a checkpoint in int4, and say what it cost."),

@@ -136,15 +136,20 @@ class BlockPool:
             pass
 
     def _offer(self, node: Node) -> None:
-        if not node.children and node.users == 0 and node.parent is not None:
-            heapq.heappush(self._leaves, (node.last_used, id(node), node))
+        if node.children or node.users or node.parent is None:
+            return
+        heapq.heappush(self._leaves, (node.last_used, id(node), node))
+        if len(self._leaves) > 64 + 4 * self.blocks:  # read again and again without anyone running out of blocks
+            self._leaves = [entry for entry in self._leaves if _is_current(entry)]
+            heapq.heapify(self._leaves)
 
     def _evict(self) -> bool:
         """Free the block of the least recently used leaf that nobody uses."""
         while self._leaves:
-            last_used, _, node = heapq.heappop(self._leaves)
-            if not node.alive or node.users or node.children or node.last_used != last_used:
+            entry = heapq.heappop(self._leaves)
+            if not _is_current(entry):
                 continue
+            node = entry[2]
             parent = node.parent
             assert parent is not None
             del parent.children[node.tokens]
@@ -154,6 +159,12 @@ class BlockPool:
             self._offer(parent)
             return True
         return False
+
+
+def _is_current(entry: tuple[int, int, Node]) -> bool:
+    """Whether a candidate is still a leaf that nobody has used since it was noted."""
+    last_used, _, node = entry
+    return node.alive and not node.users and not node.children and node.last_used == last_used
 
 
 def _common(a: Ids[int], b: Ids[int]) -> int:

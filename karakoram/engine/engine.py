@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -148,6 +149,11 @@ class Engine:
                 raise EngineStopped(news.error, "")
         return tokens
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it takes no more requests: closed, or its thread has died."""
+        return self._closing
+
     def stats(self) -> dict[str, float]:
         """Numbers of this moment, for metrics."""
         s = self.scheduler
@@ -215,9 +221,11 @@ class Engine:
                 self._closing = True
                 left = list(self._live.values())
                 self._live.clear()
-            for sequence in left:
-                finish: Finish = "error" if self._died else "cancelled"
-                sequence.listener((News(sequence.request.id, finish=finish, error=self._died or ""),))
+            finish: Finish = "error" if self._died else "cancelled"
+            told = [(one, News(one.request.id, finish=finish, error=self._died or "")) for one in left]
+            for listener, batch in _by_listener(told):
+                with suppress(Exception):  # if a listener's own error was the death, the others must hear of it
+                    listener(batch)
 
     def _collect(self) -> bool:
         """Take in what has come, end what was cancelled; waits while there is nothing to do. False: it is over."""
@@ -242,21 +250,23 @@ class Engine:
         pieces = self.scheduler.plan()
         if not pieces:
             return
-        masks = self._fillers.submit(_fill_masks, pieces, self.vocab_size) if _any_constraint(pieces) else None
+        constrained = _constrained(pieces)
+        masks = self._fillers.submit(_fill_masks, constrained, self.vocab_size) if constrained else None
         started = time.perf_counter()
+        told: list[_Told] = []
         try:
             logits_nV = self.runner.run(pieces)
-            news = self._advance(pieces, logits_nV, masks)
+            self._advance(pieces, logits_nV, masks, told)
         except Exception as error:  # noqa: BLE001  whatever a pass dies of, the other requests go on
             text = f"The forward pass failed: {type(error).__name__}: {error}"
-            news = [(piece.sequence, self._end(piece.sequence, "error", text)) for piece in pieces]
+            lost = [piece.sequence for piece in pieces if piece.sequence.finish is None]
+            told.extend((sequence, self._end(sequence, "error", text)) for sequence in lost)
         self.scheduler.saw(pieces, (time.perf_counter() - started) * 1e3)
-        self._deliver(news)
+        self._deliver(told)
 
-    def _advance(self, pieces: list[Piece], logits_nV: Tensor, masks: Future[Masks] | None) -> list[_Told]:
-        """Draw and append tokens; what each sequence has to tell."""
+    def _advance(self, pieces: list[Piece], logits_nV: Tensor, masks: Future[Masks] | None, told: list[_Told]) -> None:
+        """Draw and append tokens; `told` takes what each sequence has to tell."""
         filled: Masks = {} if masks is None else masks.result()
-        told: list[_Told] = []
         rows, places, at = list[Row](), list[int](), 0
         drawing: list[tuple[Piece, int, int]] = []  # piece, its first place among the rows, how many
         for piece in pieces:
@@ -265,7 +275,7 @@ class Engine:
             end = sequence.computed + piece.count
             if sequence.request.prompt_logprobs is not None:
                 _keep_prompt_logprobs(piece, logits_nV[first:at])
-                first = at - 1
+                first = at - 1 - len(piece.guesses)
             if end < len(sequence.tokens):
                 continue
             mask = filled.get(sequence)
@@ -295,23 +305,23 @@ class Engine:
                 first, count = place
                 span = slice(first, first + count)
                 told.append((piece.sequence, self._append(piece, chosen[span], raw_nV[span])))
-        return told
 
     def _append(self, piece: Piece, chosen: list[int], raw_nV: Tensor) -> News:
         """Take over the drawn tokens, as far as the guesses before them were right."""
         sequence, request = piece.sequence, piece.sequence.request
-        taken, finish = 0, None
+        taken, finish, error = 0, None, ""
         for token in chosen:
             sequence.tokens.append(token)
             sequence.new_tokens += 1
             sequence.counts[token] = sequence.counts.get(token, 0) + 1
-            if request.constraint is not None:
-                request.constraint.accept(token)
             taken += 1
-            if token in request.stop_ids or (request.stop_when is not None and request.stop_when(token)):
-                finish = "stop"
-            elif sequence.left <= 0:
-                finish = "length"
+            try:
+                if _stops(request, token):
+                    finish = "stop"
+                elif sequence.left <= 0:
+                    finish = "length"
+            except Exception as failure:  # noqa: BLE001  what a request brings along ends it alone
+                finish, error = "error", f"The request's own code failed: {type(failure).__name__}: {failure}"
             if finish is not None or taken > len(piece.guesses) or token != piece.guesses[taken - 1]:
                 break
         if sequence.guesser is not None and piece.guesses:
@@ -322,7 +332,7 @@ class Engine:
         new = tuple(chosen[:taken])
         told = () if request.logprobs is None else tuple(logprobs(raw_nV[:taken], new, [request.logprobs] * taken))
         if finish is not None:
-            return self._end(sequence, finish, "", new, told)
+            return self._end(sequence, finish, error, new, told)
         return self._news(sequence, new, None, told)
 
     def _end(self, sequence: Sequence, finish: Finish, error: str = "", new: Ids = (), told: Logprobs = ()) -> News:
@@ -331,6 +341,7 @@ class Engine:
         self.scheduler.remove(sequence)
         with self._lock:
             self._live.pop(sequence.request.id, None)
+            self._cancels.discard(sequence.request.id)  # it came too late, and must not hit the next of this name
         return self._news(sequence, new, finish, told, error)
 
     def _news(self, sequence: Sequence, new: Ids, finish: Finish | None, told: Logprobs, error: str = "") -> News:
@@ -344,11 +355,15 @@ class Engine:
 
     def _deliver(self, told: list[_Told]) -> None:
         """One call to each listener with all that concerns it."""
-        by_listener: dict[Listener, list[News]] = {}
-        for sequence, news in told:
-            by_listener.setdefault(sequence.listener, []).append(news)
-        for listener, batch in by_listener.items():
+        for listener, batch in _by_listener(told):
             listener(batch)
+
+
+def _by_listener(told: list[_Told]) -> Iterable[tuple[Listener, list[News]]]:
+    by_listener: dict[Listener, list[News]] = {}
+    for sequence, news in told:
+        by_listener.setdefault(sequence.listener, []).append(news)
+    return by_listener.items()
 
 
 def _blocks(model: Transformer, cache_tokens: int | None, context: int, most_running: int) -> int:
@@ -373,18 +388,25 @@ def _depends_on_counts(request: Request) -> bool:
     return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
 
 
-def _any_constraint(pieces: list[Piece]) -> bool:
-    return any(piece.wanted and piece.sequence.request.constraint is not None for piece in pieces)
+def _stops(request: Request, token: int) -> bool:
+    """Tell a request's constraint of its new token; whether it is to be the last."""
+    if request.constraint is not None:
+        request.constraint.accept(token)
+    return token in request.stop_ids or (request.stop_when is not None and request.stop_when(token))
 
 
-def _fill_masks(pieces: list[Piece], vocab_size: int) -> Masks:
-    """Masks of the sequences that will draw a token; an error in the place of one that cannot be had."""
+def _constrained(pieces: list[Piece]) -> list[Sequence]:
+    """The sequences that will draw a token under a constraint."""
+    ends = ((piece.sequence, piece.sequence.computed + piece.count) for piece in pieces)
+    return [one for one, end in ends if one.request.constraint is not None and end >= len(one.tokens)]
+
+
+def _fill_masks(sequences: list[Sequence], vocab_size: int) -> Masks:
+    """Their masks; an error in the place of one that cannot be had."""
     masks: Masks = {}
-    for piece in pieces:
-        sequence = piece.sequence
+    for sequence in sequences:
         constraint: Constraint | None = sequence.request.constraint
-        if constraint is None or sequence.computed + piece.count < len(sequence.tokens):
-            continue
+        assert constraint is not None
         row = np.zeros(-(-vocab_size // 32), np.uint32)
         try:
             masks[sequence] = row if constraint.fill(row, sequence.left) else None

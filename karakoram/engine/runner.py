@@ -47,10 +47,7 @@ class Runner:
         c = model.config
         self.model, self.deterministic = model, deterministic
         width = c.kv_lora_rank + c.qk_rope_head_dim
-        # Not zeroed: memory is taken from the system when a block is first written.
-        self.rows = torch.empty(
-            c.num_hidden_layers, blocks, BLOCK_TOKENS, width, dtype=model.dtype, device=model.device
-        )
+        self.rows = _zeros((c.num_hidden_layers, blocks, BLOCK_TOKENS, width), model.dtype, model.device)
         packed = hasattr(model.lm_head, "matrix")  # PackedLinear
         self.one_by_one = deterministic and not packed
         self.absorb_up_to = 1 << 62 if deterministic else ABSORB_UP_TO
@@ -110,6 +107,16 @@ class Runner:
         return self.model.logits(hidden_nD)
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken from the system when it is first written: NumPy's are, torch's are not.
+
+    They must be zeros: torch's attention multiplies unwritten rows by 0, and chance memory may hold NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
+
+
 def _ids(piece: Piece) -> Ids[int]:
     sequence = piece.sequence
     known = sequence.tokens[sequence.computed : sequence.computed + piece.count]
@@ -123,13 +130,15 @@ def _slots(table: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _tokens_alone(pieces: Ids[Piece]) -> Iterator[Piece]:
-    """Each token as a piece; the sequence moves on as they are taken, and back at the end."""
+    """Each token as a piece; the sequence moves on as they are taken, and back at the end, a failed pass's too."""
     for piece in pieces:
         sequence, tokens = piece.sequence, _ids(piece)
         start = sequence.computed
-        for number in range(len(tokens)):
-            sequence.computed = start + number
-            guess = tokens[number : number + 1] if number >= piece.count else ()
-            wanted = int(number >= len(tokens) - piece.wanted)
-            yield Piece(sequence, 0 if guess else 1, guess, wanted)
-        sequence.computed = start
+        try:
+            for number in range(len(tokens)):
+                sequence.computed = start + number
+                guess = tokens[number : number + 1] if number >= piece.count else ()
+                wanted = int(number >= len(tokens) - piece.wanted)
+                yield Piece(sequence, 0 if guess else 1, guess, wanted)
+        finally:
+            sequence.computed = start

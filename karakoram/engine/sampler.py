@@ -56,8 +56,7 @@ def draw(logits_nV: Tensor, rows: Ids[Row]) -> list[int]:
     whole = [n for n in warm if not _cut(rows[n].sequence.request.sampling)]
     if whole:
         temperatures = np.array([rows[n].sequence.request.sampling.temperature for n in whole])[:, None]
-        z = values_nV[whole].astype(np.float64) / temperatures
-        p = np.exp(z - z.max(-1, keepdims=True))
+        p = _weights(values_nV[whole], values_nV[whole].max(-1, keepdims=True), temperatures)
         tokens[whole] = _inverse(p, np.array([_chance(rows[n]) for n in whole]))
     cut = [n for n in warm if _cut(rows[n].sequence.request.sampling)]
     if cut:
@@ -103,21 +102,26 @@ def _inverse(p_nV: np.ndarray, chance_n: np.ndarray) -> np.ndarray:
 def _draw_from_best(values_V: np.ndarray, best: np.ndarray, ids: np.ndarray, row: Row) -> int:
     """One draw after top-k, top-p and min-p, from logits sorted downwards."""
     sampling = row.sequence.request.sampling
-    z = best.astype(np.float64) / sampling.temperature
-    p = np.exp(z - z[0])
+    p = _weights(best, best[0], sampling.temperature)
     if 0 < sampling.top_k <= len(p):
         p = p[: sampling.top_k]
     elif len(p) < len(values_V):
-        rest = values_V.astype(np.float64) / sampling.temperature
-        whole = np.exp(rest - z[0]).sum()
-        if p.sum() < sampling.top_p * whole:
-            ids = np.argsort(-values_V, kind="stable")
-            p = np.exp(rest[ids] - z[0])
-            p = p[: sampling.top_k] if sampling.top_k else p
-        elif sampling.top_p < 1:  # the share is of the whole, not of the best
-            p = p[: int((p.cumsum() < sampling.top_p * whole).sum()) + 1]
+        whole = _weights(values_V, best[0], sampling.temperature).sum()
+        enough = p.sum() >= sampling.top_p * whole or p[-1] < sampling.min_p * p[0]
+        if enough and not sampling.top_k:
+            if sampling.top_p < 1:  # the share is of the whole, not of the best
+                p = p[: int((p.cumsum() < sampling.top_p * whole).sum()) + 1]
             return _from(p, ids, row, 1.0)
+        ids = np.argsort(-values_V, kind="stable")
+        p = _weights(values_V[ids], best[0], sampling.temperature)
+        p = p[: sampling.top_k] if sampling.top_k else p
     return _from(p, ids, row, sampling.top_p)
+
+
+def _weights(values: np.ndarray, best: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    """Probabilities up to a factor, 1 for the best: in this order a temperature near 0 makes no infinity of it."""
+    with np.errstate(over="ignore"):  # the others' distance may become one
+        return np.exp((values.astype(np.float64) - best) / temperature)
 
 
 def _from(p: np.ndarray, ids: np.ndarray, row: Row, top_p: float) -> int:

@@ -88,10 +88,12 @@ class Scheduler:
             if piece := self._prompt_piece(sequence, budget):
                 pieces.append(piece)
                 budget -= piece.count
+        # Making room for one may have taken the blocks of another that was planned before. Newcomers come after this:
+        # such a one may be among them, with another piece; they make room by leaving themselves alone.
+        pieces = [piece for piece in pieces if piece.sequence in self.running]
         if budget > 0 and len(self.waiting):
             pieces.extend(self._newcomers(budget))
-        # Making room for one may have taken the blocks of another that was planned before.
-        return [piece for piece in pieces if piece.sequence in self.running]
+        return pieces
 
     def saw(self, pieces: list[Piece], ms: float) -> None:
         """A pass took so long: what later passes are planned by."""
@@ -129,7 +131,9 @@ class Scheduler:
             guesses: list[int] = []
             if sequence.guesser is not None and sequence.left > 1:
                 guesses = sequence.guesser.guess(sequence.tokens, sequence.left - 1, extra)
-            if not self._make_room(sequence, len(sequence.tokens) + len(guesses)):
+            if guesses and not sequence.room(self.pool, len(sequence.tokens) + len(guesses)):
+                guesses = []  # nobody makes room for those
+            if not self._make_room(sequence, len(sequence.tokens)):
                 continue
             pieces.append(Piece(sequence, 1, guesses, 1 + len(guesses)))
         return pieces
@@ -160,6 +164,8 @@ class Scheduler:
                 break
             needed = -(-(len(sequence.tokens) + 1) // BLOCK_TOKENS)
             if not self._admit(sequence, needed):
+                if sequence.waits_for is None:
+                    break  # for want of blocks: who comes later must not take them for ever
                 continue
             piece = self._prompt_piece(sequence, budget)
             if piece is not None:

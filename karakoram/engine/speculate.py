@@ -73,10 +73,13 @@ class PassCosts:
 
     def extra(self, tokens: int) -> float:
         """What one more token costs in a pass over about so many, as a share of that pass; 0 where unknown."""
-        here, more = self._ms.get(tokens.bit_length()), self._ms.get((tokens * 4).bit_length())
-        if here is None or more is None or here <= 0:
-            return 0.0
-        return max(0.0, (more - here) / here) / (3 * tokens)
+        bucket = tokens.bit_length()
+        here = self._ms.get(bucket)
+        for doublings in (2, 1):  # four times the tokens, or where guesses are short, twice
+            more = self._ms.get(bucket + doublings)
+            if here and more is not None:
+                return max(0.0, (more - here) / here) / ((2**doublings - 1) * tokens)
+        return 0.0
 
     def ms(self, tokens: int) -> float | None:
         """How long a pass over about so many tokens takes; None where none was seen."""

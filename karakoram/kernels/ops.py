@@ -6,6 +6,7 @@
     moe_int4    the routed experts of a layer            int4
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
     rms_norm, latent_append, route                       what lies between, one call each
+    decode_layers, decode_attention                      all of the above for whole layers, in one call
 
 Each has the same signature in `reference` (plain torch) and runs in C++ where that can be built (`cpu`). Chosen by the
 argument `implementation`, else by KARAKORAM_ISA (an instruction set, or "reference"), else by what is there.
@@ -24,6 +25,7 @@ from torch import Tensor
 from karakoram.errors import FormatError, InputError
 from karakoram.kernels import packed, reference
 from karakoram.kernels.cpu.library import Library, describe, describe_packed, library
+from karakoram.kernels.layer import Stack
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
 IMPLEMENTATIONS = ("cpu", "reference")
@@ -78,6 +80,21 @@ def using(isa: str | None = None, threads: int | None = None) -> Iterator[str]:
     finally:
         found.choose_isa(before[0])
         found.choose_threads(before[1])
+
+
+def deterministic(on: bool) -> bool:
+    """Whether, from now on and in the whole process, a row's bits may not depend on the other rows of a call.
+
+    Returns what was chosen before. On the kernels they depend on them only with AMX, whose matrix unit sums in another
+    order than the instructions for few rows: there, this leaves it alone. Everywhere else it changes nothing and costs
+    nothing. Nothing is promised for the reference (torch chooses its order of sums by shape).
+    """
+    found = _prepared()
+    if found is None:
+        return False
+    before = found.deterministic
+    found.choose_deterministic(on)
+    return before
 
 
 def describe_choice() -> str:
@@ -357,3 +374,48 @@ def route(
         ctypes.c_int32(normalise), ctypes.c_float(scale), describe(ids_TK), describe(weights_TK),
     )  # fmt: skip
     return ids_TK, weights_TK
+
+
+def decode_layers(
+    stack: Stack,
+    x_nD: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    lengths_n: Tensor,
+    cache: Tensor,
+    blocks_nM: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Tokens that attend absorbed through whole layers: bf16 [n, D] -> bf16 [n, D]; see `reference.decode_layers`."""
+    if (lib := chosen(implementation)) is None:
+        return reference.decode_layers(stack, x_nD, cos_nP, sin_nP, lengths_n, cache, blocks_nM)
+    y_nD = x_nD.clone(memory_format=torch.contiguous_format)
+    lib.call(
+        "k2_decode_layers", stack.describe(), ctypes.c_int64(len(stack.layers)), describe(cos_nP), describe(sin_nP),
+        None if blocks_nM is None else describe(blocks_nM), describe(lengths_n), describe(cache), describe(y_nD),
+    )  # fmt: skip
+    return y_nD
+
+
+def decode_attention(
+    stack: Stack,
+    x_nD: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    lengths_n: Tensor,
+    cache: Tensor,
+    blocks_nM: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first half of a stack's one layer: x + attention, and its norm; see `reference.decode_attention`."""
+    if len(stack.layers) != 1:
+        raise InputError(f"A stack of {len(stack.layers)} layers has many halves.", "Give one layer.")
+    if (lib := chosen(implementation)) is None:
+        return reference.decode_attention(stack, x_nD, cos_nP, sin_nP, lengths_n, cache, blocks_nM)
+    y_nD, normed_nD = x_nD.clone(memory_format=torch.contiguous_format), torch.empty(x_nD.shape, dtype=x_nD.dtype)
+    lib.call(
+        "k2_decode_attention", stack.describe(), describe(cos_nP), describe(sin_nP),
+        None if blocks_nM is None else describe(blocks_nM), describe(lengths_n), describe(cache), describe(y_nD),
+        describe(normed_nD),
+    )  # fmt: skip
+    return y_nD, normed_nD

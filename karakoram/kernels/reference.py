@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from karakoram.kernels.layer import DecoderLayer, Mixture, Stack
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
 
@@ -117,3 +118,79 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
     unit = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
     return weight_D * unit
+
+
+def decode_layers(
+    stack: Stack,
+    x_nD: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    lengths_n: Tensor,
+    cache: Tensor,
+    blocks_nM: Tensor | None = None,
+) -> Tensor:
+    """Tokens through layers: [n, D] -> [n, D], each a query of its own over its sequence's rows of the cache.
+
+    cos, sin float32 [n, R/2]; lengths int64 [n], how many rows each token sees: the last of them is its own and is
+    written; cache bf16 [layers, blocks, size, L + R]; blocks int32 [n, M]: those of each token's sequence in order;
+    None: the cache is [layers, B, S, L + R], and n/B tokens in turn belong to each of its rows.
+    """
+    for layer, rows in zip(stack.layers, cache, strict=True):
+        x_nD, normed_nD = _attend(layer, x_nD, cos_nP, sin_nP, lengths_n, rows, blocks_nM)
+        x_nD = x_nD + _feed(layer, normed_nD)
+    return x_nD
+
+
+def decode_attention(
+    stack: Stack,
+    x_nD: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    lengths_n: Tensor,
+    cache: Tensor,
+    blocks_nM: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first half of one layer, as `decode_layers` has it: x + attention, and what router and experts read."""
+    return _attend(stack.layers[0], x_nD, cos_nP, sin_nP, lengths_n, cache[0], blocks_nM)
+
+
+def _attend(
+    layer: DecoderLayer,
+    x_nD: Tensor,
+    cos_nP: Tensor,
+    sin_nP: Tensor,
+    lengths_n: Tensor,
+    rows: Tensor,
+    blocks_nM: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    a, size = layer.attention, rows.shape[1]
+    if blocks_nM is None:
+        blocks_nM = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(len(x_nD) // len(rows))[:, None]
+    latent, nope = len(a.kv_a_norm), a.keys.inputs
+    normed_nD = rms_norm(x_nD, layer.input_norm, layer.eps)
+    q_in = normed_nD
+    if a.q_a is not None and a.q_a_norm is not None:
+        q_in = rms_norm(linear(normed_nD, a.q_a), a.q_a_norm, a.eps)
+    q_nHx = linear(q_in, a.q).unflatten(-1, (a.heads, -1))
+    queries = torch.empty(*q_nHx.shape[:2], a.kv_a.outputs, dtype=x_nD.dtype)
+    at_n = lengths_n - 1
+    slots_n = blocks_nM.gather(1, (at_n // size)[:, None])[:, 0].long() * size + at_n % size
+    latent_append(
+        linear(normed_nD, a.kv_a), a.kv_a_norm, a.eps, q_nHx[..., nope:], cos_nP, sin_nP, slots_n,
+        rows.flatten(0, 1)[None], queries,
+    )  # fmt: skip
+    queries[..., :latent] = linear_by_head(q_nHx[..., :nope], a.keys, latent)
+    mixed = mla_decode(queries, rows, lengths_n, latent, a.scale, blocks_nM)
+    values = linear_by_head(mixed, a.kv_b, a.kv_b.outputs // a.heads - nope, nope)
+    x_nD = x_nD + linear(values.flatten(1), a.o)
+    return x_nD, rms_norm(x_nD, layer.post_norm, layer.eps)
+
+
+def _feed(layer: DecoderLayer, normed_nD: Tensor) -> Tensor:
+    m = layer.feed
+    assert m is not None
+    if not isinstance(m, Mixture):
+        return mlp(normed_nD, *m)
+    logits = linear(normed_nD, m.router, torch.float32)
+    ids, weights = route(logits, m.bias, m.chosen, m.groups, m.best_groups, m.normalise, m.scale)
+    return moe_int4(normed_nD, ids, weights, m.experts, m.shared)

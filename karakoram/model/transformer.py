@@ -64,6 +64,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, device, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
 
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        cache: Cache | PagedPass | None = None,
+        experts: ExpertBank | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Embedded tokens through the layers and the final norm: [B, T, D] -> [B, T, D]."""
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotation, positions_BT, cache, experts, watch)
+        return self.norm(x_BTD)
+
 
 class Transformer(nn.Module):
     """A K2-shaped language model; weights are uninitialised until they are loaded, or drawn by `model.initialize`."""
@@ -129,9 +143,7 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + count, device=token_ids_BT.device).expand_as(token_ids_BT)
         rotation = rotations(self.inverse_frequencies(), positions, rotation_scale(self.config))
         x_BTD = self.model.embed_tokens(token_ids_BT)
-        for layer in self.model.layers:
-            x_BTD = layer(x_BTD, rotation, positions, cache, experts, watch)
-        return self.model.norm(x_BTD)
+        return self.model(x_BTD, rotation, positions, cache, experts, watch)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Normed hidden states -> float32 logits."""

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from karakoram.errors import KarakoramError
+from karakoram.serve.connection import Line, Pulse, gather, left, send_stream
 from karakoram.serve.openai.chat import dumps
 from karakoram.serve.refusal import Refusal, refusal_of
 from karakoram.serve.resume import Recording, Shelf
 from karakoram.serve.service import Service
-from karakoram.serve.stream import Exchange, Line, NewsDesk, Pulse, gather, left, send_stream
+from karakoram.serve.stream import Exchange, NewsDesk
 from karakoram.serve.surface import Counter, Surface
 
 WORKERS = 4  # a schema that takes long to compile holds up one of them

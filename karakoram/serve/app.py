@@ -89,10 +89,11 @@ def _mount(app: FastAPI, one: Surface | Counter, endpoint: Any) -> None:
     app.state.described[described.path] = (one.Body, dict(described.answer_schema))
     extra: dict[str, Any] = {}
     if isinstance(one, Surface):
-        answers[200]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answers[200]["content"]["text/event-stream"] = {}
         answers[429] = {}
-        resumable = {"type": "string", "enum": ["true", "false"]}
-        extra["parameters"] = [{"name": "X-Resumable", "in": "header", "required": False, "schema": resumable}]
+        resumable = {"name": "X-Resumable", "in": "header", "required": False, "schema": {"type": "string"}}
+        resumable["description"] = "true: a stream goes on when its connection breaks; see /v1/streams"
+        extra["parameters"] = [resumable]
     app.add_api_route(
         described.path, endpoint, methods=["POST"], summary=described.summary, tags=[described.tag],
         responses=answers, openapi_extra=extra,

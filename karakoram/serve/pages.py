@@ -169,7 +169,7 @@ def _add_streams(app: FastAPI, floor_of: FloorOf) -> None:
         client = request.scope["karakoram.client"]
         return Replay(floor, *floor.shelf.find(request_id, client, last_event_id))
 
-    event_stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    event_stream = {"content": {"text/event-stream": {}}}
     events: Responses = {200: event_stream, 400: {}, 404: {}, 410: {}}
     app.add_api_route(
         "/v1/streams/{request_id}", stream, methods=["GET"], summary="Go on with a stream", tags=["streams"],

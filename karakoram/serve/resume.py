@@ -12,9 +12,10 @@ import asyncio
 import time
 from collections import deque
 
+from karakoram.serve.connection import Line, Pulse, Receive, Send, encode, left
 from karakoram.serve.refusal import Refusal
 from karakoram.serve.service import Limits
-from karakoram.serve.stream import Bell, Exchange, Line, NewsDesk, Pulse, Receive, Send, encode, left
+from karakoram.serve.stream import Bell, Exchange, NewsDesk
 from karakoram.serve.surface import KEEP_ALIVE, Events
 
 

@@ -28,6 +28,13 @@ def seeded(name: str, prompt: Sequence[int], new: int = 16, seed: int = 7, **how
     return Request(name, prompt, new, Sampling(temperature=1.0, seed=seed), **how)
 
 
+def repetitive(name: str, prompt: Sequence[int], new: int, seed: int | None, **how: Any) -> Request:
+    """Tokens among four, drawn with a seed or (None) greedy: what was seen comes again, so guesses are often right."""
+    few = dict.fromkeys(range(10, 14), 50.0)
+    drawn = Sampling(temperature=0.0 if seed is None else 1.0, seed=seed, logit_bias=few)
+    return Request(name, prompt, new, drawn, **how)
+
+
 class Heard:
     """A listener that keeps everything; one may serve many requests."""
 
@@ -107,15 +114,21 @@ def run(engine: TokenSource, request: Request) -> Result:
     return run_all(engine, [request])[0]
 
 
-def together(engine: Engine, requests: Sequence[Request]) -> list[Result]:
-    """As `run_all`, with all requests in the queue before the first pass of any begins."""
-    watched = Watched(engine)
+def gathered(watched: "Watched", requests: Sequence[Request]) -> Heard:
+    """As `submit_all`, with all requests in the queue before the first pass of any begins."""
     heard = Heard()
     with watched.held():
-        engine.submit(greedy("plug", [2], 1), heard)
+        watched.engine.submit(greedy("plug", [2], 1), heard)
         watched.inside()
         for request in requests:
-            engine.submit(request, heard)
+            watched.engine.submit(request, heard)
+    return heard
+
+
+def together(engine: Engine, requests: Sequence[Request]) -> list[Result]:
+    """As `run_all`, gathered."""
+    watched = Watched(engine)
+    heard = gathered(watched, requests)
     results = [heard.end(request.id) for request in requests]
     watched.remove()
     return results

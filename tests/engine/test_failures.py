@@ -13,7 +13,7 @@ from karakoram.errors import InputError
 from karakoram.model.generate import generate
 from karakoram.model.transformer import Transformer
 from tests.engine import models
-from tests.engine.heard import PATIENCE_S, Heard, Seen, Watched, all_blocks_back, greedy, run, run_all, submit_all
+from tests.engine.heard import PATIENCE_S, Heard, Seen, Watched, all_blocks_back, gathered, greedy, run, submit_all
 
 DIES = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 PROMPT = models.prompt(20)
@@ -43,15 +43,11 @@ def test_a_pass_that_fails_ends_the_requests_in_it(tiny: Transformer, computed: 
     with Engine(tiny, most_running=2, deterministic=deterministic) as engine:
         watched = Watched(engine)
         watched.failure = failing_with(RuntimeError("out of luck"), "a", computed)
-        with watched.held():
-            heard = submit_all(engine, [greedy("a", PROMPT, 30), greedy("b", PROMPT[:9], 30), greedy("c", PROMPT, 9)])
-        for name in ("a", "b"):
+        heard = gathered(watched, [greedy("a", PROMPT, 30), greedy("b", PROMPT[:9], 30), greedy("c", PROMPT, 9)])
+        for name, prompt in (("a", PROMPT), ("b", PROMPT[:9])):
             result = heard.end(name)
             assert (result.finish, result.error) == ("error", "The forward pass failed: RuntimeError: out of luck")
-            assert (
-                result.tokens
-                == expected(tiny, PROMPT if name == "a" else PROMPT[:9], len(result.tokens) or 1)[: len(result.tokens)]
-            )
+            assert result.tokens == expected(tiny, prompt, 30)[: len(result.tokens)]
         assert heard.end("c").tokens == expected(tiny, PROMPT, 9)  # it waited, and runs on what a left behind
         assert run(engine, greedy("a", PROMPT, 9)).tokens == expected(tiny, PROMPT, 9)
         all_blocks_back(engine)
@@ -62,8 +58,7 @@ def test_who_is_not_in_the_pass_goes_on(tiny: Transformer) -> None:
     with Engine(tiny, most_batch_tokens=64) as engine:
         watched = Watched(engine)
         watched.failure = failing_with(ValueError("no"), "a", 64)
-        with watched.held():
-            heard = submit_all(engine, [greedy("a", models.prompt(150), 3), greedy("b", models.prompt(150, 1), 3)])
+        heard = gathered(watched, [greedy("a", models.prompt(150), 3), greedy("b", models.prompt(150, 1), 3)])
         assert heard.end("a").finish == "error"
         assert heard.end("b").tokens == expected(tiny, models.prompt(150, 1), 3)
         all_blocks_back(engine)
@@ -84,13 +79,8 @@ def test_a_draw_that_fails_ends_its_pass(tiny: Transformer, monkeypatch: pytest.
 
     with Engine(tiny) as engine:
         watched = Watched(engine)
-        with watched.held():
-            heard = submit_all(engine, [greedy("plug", [5], 1)])
-            watched.inside()
-            requests = [greedy("a", PROMPT, 3, constraint=Raising("fill")), greedy("b", PROMPT[:7], 3)]
-            for request in requests:
-                engine.submit(request, heard)
-            monkeypatch.setattr(engine_module, "draw", broken)
+        watched.failure = lambda pieces: monkeypatch.setattr(engine_module, "draw", broken) if len(pieces) > 1 else None
+        heard = gathered(watched, [greedy("a", PROMPT, 3, constraint=Raising("fill")), greedy("b", PROMPT[:7], 3)])
         assert "constraint failed" in heard.end("a").error
         assert "ZeroDivisionError: drawn badly" in heard.end("b").error
         monkeypatch.undo()
@@ -136,12 +126,8 @@ def test_a_requests_own_code_ends_it_alone(tiny: Transformer, where: str) -> Non
     """The neighbours in its pass lose nothing, one that ends in that very pass included."""
     own = {"stop_when": StopsBadly()} if where == "stop_when" else {"constraint": Raising(where)}
     with Engine(tiny, speculate=False) as engine:
-        watched = Watched(engine)
-        with watched.held():
-            engine.submit(greedy("plug", [5], 1), Heard())
-            watched.inside()
-            requests = [greedy("ends", PROMPT[:12], 3), greedy("bad", PROMPT, 9, **own), greedy("goes on", PROMPT, 9)]
-            heard = submit_all(engine, [*requests, greedy("ends too", PROMPT[:11], 3)])
+        requests = [greedy("ends", PROMPT[:12], 3), greedy("bad", PROMPT, 9, **own), greedy("goes on", PROMPT, 9)]
+        heard = gathered(Watched(engine), [*requests, greedy("ends too", PROMPT[:11], 3)])
         bad = heard.end("bad")
         assert bad.finish == "error" and f"in {where}" in bad.error
         assert bad.tokens == expected(tiny, PROMPT, 9)[: 0 if where == "fill" else 3]
@@ -155,10 +141,8 @@ def test_a_requests_own_code_ends_it_alone(tiny: Transformer, where: str) -> Non
 
 
 @DIES
-@pytest.mark.parametrize(
-    "error", [SystemExit("killed"), KeyboardInterrupt("killed"), GeneratorExit("killed")], ids=repr
-)
-def test_a_dead_thread_ends_everything_and_says_so(tiny: Transformer, error: BaseException) -> None:
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_dead_thread_ends_everything_and_says_so(tiny: Transformer, kind: type[BaseException]) -> None:
     engine = Engine(tiny, most_running=2)
     watched = Watched(engine)
     watched.failure = failing_with(kind("killed"), "a", 22)
@@ -270,4 +254,4 @@ def test_a_name_is_taken_while_it_lives(tiny: Transformer) -> None:
             with pytest.raises(InputError, match=r"A request 'a' is running already\. Give each its own id"):
                 engine.submit(greedy("a", [5], 3), Heard())
         assert heard.end("a").tokens == expected(tiny, PROMPT, 3)
-        assert [result.finish for result in run_all(engine, [greedy("a", PROMPT, 3)])] == ["length"]
+        assert run(engine, greedy("a", PROMPT, 3)).finish == "length"

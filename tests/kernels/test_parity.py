@@ -3,20 +3,21 @@
 Distances are those of the row that is furthest off, relative to its length (`drawn.deviation`). Results in bf16 may
 differ by rounding (`drawn.near`); those in float32 by less:
   SUMMED   the same bf16 numbers multiplied and summed in float32 in another order: n · 2^-24 with n of some hundreds
-  DECODED  few rows multiply int4 codes and scale a group's sum once, in float32, where the twin rounds every weight to
+  DECODED  int4 codes are multiplied and a group's sum scaled once, in float32, where the twin rounds every weight to
            bf16: each differs by at most 2^-8 of itself, a sum of hundreds of them by less than a quarter of that
 """
 
 import pytest
 import torch
 
+from karakoram.formats import int4_group
 from karakoram.kernels import ops, reference
-from karakoram.kernels.packed import Kind
+from karakoram.kernels.packed import Kind, unpack_int4
 from tests.kernels import drawn
 from tests.kernels.drawn import deviation, near
 
 SUMMED, DECODED = 2e-5, 2**-9
-ROW_COUNTS = [1, 2, 7, 8, 9, 24, 25, 33]  # on either side of where tiles take over: 8 rows, or 24
+ROW_COUNTS = [1, 2, 7, 8, 9, 24, 25, 33]  # either side of where a matrix unit takes over, or other stretches are cut
 
 
 @pytest.mark.parametrize("kind", drawn.KINDS)
@@ -29,9 +30,15 @@ def test_linear(isa: str, kind: Kind, tokens: int) -> None:
     assert torch.equal(ops.linear(x, weight), found.to(torch.bfloat16))
 
 
-def test_many_rows_multiply_exactly_the_checkpoints_int4_weights(isa: str) -> None:
-    x, weight = drawn.rows(40, 672), drawn.matrix("int4", 52, 672)
-    assert deviation(ops.linear(x, weight, torch.float32), reference.linear(x, weight, torch.float32)) < SUMMED
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_int4_weights_are_multiplied_unrounded(isa: str, tokens: int) -> None:
+    """A code times its scale has twelve bits: bf16, in which a checkpoint's decoder returns it, would round it."""
+    x, weight = drawn.rows(tokens, 672), drawn.matrix("int4", 52, 672)
+    codes, scale = unpack_int4(weight)
+    exact = (int4_group.unpack(codes, 672).unflatten(-1, (-1, 32)) * scale.float()[..., None]).flatten(-2)
+    by_matrix_unit = isa.startswith("amx") and tokens > 8  # which sums across groups, scales and all
+    expected = reference.linear(x, weight, torch.float32) if by_matrix_unit else x.float() @ exact.T
+    assert deviation(ops.linear(x, weight, torch.float32), expected) < SUMMED
 
 
 @pytest.mark.parametrize("kind", drawn.KINDS)

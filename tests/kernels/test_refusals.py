@@ -161,11 +161,11 @@ def test_linear_by_head() -> None:
             ("do not fit each other head by head", lambda: ops.linear_by_head(bf16(3, 2, 32), weight, 16)),
             ("do not fit each other head by head", lambda: ops.linear_by_head(bf16(3, 5, 64), weight, 16)),
             ("do not fit each other head by head", lambda: ops.linear_by_head(bf16(3, 0, 64), weight, 16)),
-            ("rows 0 to 8 of a head of 48", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 8)),
-            ("rows 8 to 24 of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 16, 8)),
-            ("rows 32 to 64 of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 32, 32)),
-            ("rows -16 to 16 of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 32, -16)),
-            ("rows 0 to 0 of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 0)),
+            ("rows from 0 on, 8 of them, of a head of 48", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 8)),
+            ("rows from 8 on, 16 of them, of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 16, 8)),
+            ("rows from 32 on, 32 of them, of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 32, 32)),
+            ("rows from -16 on, 32 of them, of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 32, -16)),
+            ("rows from 0 on, 0 of them, of", lambda: ops.linear_by_head(bf16(3, 2, 64), weight, 0)),
             ("a head of 12 are no whole panels", lambda: ops.linear_by_head(bf16(3, 8, 64), weight, 16)),
         ]
     )

@@ -1,5 +1,6 @@
 """Results do not depend on how work is shared, on the order in which experts come, or on who else is in the batch."""
 
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from karakoram.errors import InputError
 from karakoram.kernels import ops
 from karakoram.kernels.cpu.library import Library
 from karakoram.kernels.ops import MoeInt4
-from karakoram.kernels.packed import PackedExperts
+from karakoram.kernels.packed import Kind, PackedExperts
 from tests.kernels import drawn
 
 LENGTHS = [127, 128, 129, 1023, 1024, 1025, 2049]  # either side of a stretch of attention, and of a piece
@@ -132,3 +133,98 @@ def test_a_token_does_not_depend_on_others_in_the_tile(isa: str) -> None:
     for found, expected in zip((ops.linear(x, weight), ops.mlp(x, *parts)), before):
         assert torch.equal(found[others], expected[others])
         assert bool(found[17].isnan().all())
+
+
+# ------------------------------------------------------------------------------------ however many rows are in a call
+
+MANY = 200
+COUNTS = [1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 25, 33, 64]  # every way of cutting rows into steps
+
+
+@pytest.fixture
+def deterministic(isa: str) -> Iterator[None]:
+    """A matrix unit sums many rows otherwise than few unless it is told not to; the others need no telling."""
+    before = ops.deterministic(isa.startswith("amx"))
+    yield
+    ops.deterministic(before)
+
+
+def rows_are_alone(call: Callable[[slice], torch.Tensor], many: int = MANY) -> None:
+    """`call` computes some of `many` rows: the same bits wherever they are cut out, and however many."""
+    expected = call(slice(0, many))
+    assert len(expected) == many and bool(expected.isfinite().all())
+    for count in COUNTS:
+        for first in {0, 3, many - count} if count <= many // 2 else {0}:
+            rows = slice(first, first + count)
+            assert torch.equal(call(rows), expected[rows]), f"{count} rows from {first} on"
+
+
+@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(52, 672), (16, 64), (40, 96), (7, 2080), (50, 1408)])
+def test_linear_whatever_the_number_of_rows(
+    isa: str, deterministic: None, kind: Kind, outputs: int, inputs: int
+) -> None:
+    weight, x = drawn.matrix(kind, outputs, inputs), drawn.rows(MANY, inputs)
+    rows_are_alone(lambda rows: ops.linear(x[rows], weight, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("inputs", [1, 63, 65, 131, 1100])
+def test_linear_with_inputs_that_fill_no_block(isa: str, deterministic: None, kind: Kind, inputs: int) -> None:
+    weight, x = drawn.matrix(kind, 33, inputs), drawn.rows(MANY, inputs)
+    rows_are_alone(lambda rows: ops.linear(x[rows], weight, torch.float32))
+
+
+@pytest.mark.parametrize("kind", drawn.KINDS)
+def test_linear_by_head_whatever_the_number_of_rows(isa: str, deterministic: None, kind: Kind) -> None:
+    weight, x = drawn.matrix(kind, 3 * 64, 160), drawn.rows(MANY * 3, 160).view(MANY, 3, 160)
+    rows_are_alone(lambda rows: ops.linear_by_head(x[rows], weight, 48, 16))
+
+
+@pytest.mark.parametrize("kinds", [("int4", "int4"), ("bf16", "bf16"), ("fp8", "fp8"), ("int4", "bf16")])
+def test_mlp_whatever_the_number_of_rows(isa: str, deterministic: None, kinds: tuple[Kind, Kind]) -> None:
+    parts, x = drawn.feed_forward(kinds[0], 288, 608, kinds[1]), drawn.rows(MANY, 288)
+    rows_are_alone(lambda rows: ops.mlp(x[rows], *parts))
+
+
+@pytest.mark.parametrize("shared", [None, *drawn.KINDS])
+def test_experts_whatever_the_number_of_tokens(isa: str, deterministic: None, shared: Kind | None) -> None:
+    experts, x = drawn.experts(5, 608, 96), drawn.rows(MANY, 608)
+    beside = drawn.feed_forward(shared, 608, 160) if shared else None
+    ids, weights = drawn.routing(MANY, 5, 3)
+    rows_are_alone(lambda rows: ops.moe_int4(x[rows], ids[rows], weights[rows], experts, beside))
+
+
+@pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 32), (3, 48, 24), (17, 64, 32), (64, 128, 16)])
+def test_attention_whatever_the_number_of_queries(
+    isa: str, deterministic: None, heads: int, latent: int, rope: int
+) -> None:
+    """Many queries over one sequence, as a piece of a prompt attends, and over blocks."""
+    many = 40
+    q, cache = drawn.rows(many * heads, latent + rope).view(many, heads, -1), drawn.rows(1050, latent + rope)[None]
+    lengths = torch.arange(1000, 1000 + many)
+    shared = cache.expand(many, -1, -1)
+    rows_are_alone(lambda rows: ops.mla_decode(q[rows], shared[rows], lengths[rows], latent, 0.2), many)
+    pool, blocks = drawn.in_blocks(cache, 16)
+    tables = blocks.expand(many, -1).contiguous()
+    rows_are_alone(lambda rows: ops.mla_decode(q[rows], pool, lengths[rows], latent, 0.2, tables[rows]), many)
+
+
+def test_norms_routes_and_new_latents_whatever_the_number_of_rows(isa: str, deterministic: None) -> None:
+    x, weight, logits, bias = drawn.rows(MANY, 300), drawn.rows(1, 300)[0], torch.randn(MANY, 64), torch.randn(64)
+    rows_are_alone(lambda rows: ops.rms_norm(x[rows], weight, 1e-6))
+    rows_are_alone(lambda rows: torch.cat(ops.route(logits[rows], bias, 6, 4, 2, True, 2.5), -1))
+    q, cos, sin = drawn.rows(MANY * 3, 16).view(MANY, 3, 16), torch.randn(MANY, 8), torch.randn(MANY, 8)
+    at = torch.randperm(MANY)
+
+    def append(rows: slice) -> torch.Tensor:
+        cache, queries = torch.zeros(1, MANY, 300).bfloat16(), torch.zeros(len(at[rows]), 3, 300).bfloat16()
+        ops.latent_append(x[rows], weight[:284], 1e-6, q[rows], cos[rows], sin[rows], at[rows], cache, queries)
+        return torch.cat((cache[0, at[rows]], queries.flatten(1)), -1)
+
+    rows_are_alone(append)
+
+
+def test_the_switch_tells_what_was_chosen_before(lib: Library) -> None:
+    before = ops.deterministic(True)
+    assert ops.deterministic(False) and not ops.deterministic(before)

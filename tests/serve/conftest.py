@@ -1,5 +1,6 @@
 """A real server on a free port, over a scripted engine that speaks nano's chat format."""
 
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -60,10 +61,45 @@ class Words:
             pieces += ["<|tool_call_begin|>", header, "<|tool_call_argument_begin|>", arguments, "<|tool_call_end|>"]
         return self.ids(*pieces, "<|tool_calls_section_end|>", "<|im_end|>")
 
+    def script(self, request: Request) -> Iterator[int]:
+        """What the shared server's model says: a word in the conversation decides."""
+        said = self.fmt.tokenizer.decode(request.prompt)
+        if "ENDLESS" in said:
+            yield from itertools.repeat(self.ids(" on")[0])
+        turn = self.answer("Hello, world! ✓ 你好", "I think.")
+        if "PARALLEL" in said:
+            turn = self.calls(("weather", '{"city": "Oslo"}'), ("weather", '{"city": "Rome"}'), reasoning="Two.")
+        elif "CALL" in said:
+            turn = self.calls(("weather", '{"city": "Oslo"}'), reasoning="One.")
+        elif "JSON" in said:
+            turn = self.answer('{"name": "Ada", "age": 36}', "Data.")
+        elif "BREAK" in said:
+            yield from self.ids("half")
+            raise RuntimeError("the model is broken")
+        closing = self.ids("</think>")[0]
+        yield from turn[turn.index(closing) + 1 :] if request.prompt[-1] == closing else turn
+
 
 @pytest.fixture(scope="session")
 def words(fmt: ChatFormat) -> Words:
     return Words(fmt)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def shared(fmt: ChatFormat, words: Words) -> Iterator["Running"]:
+    """One server for the tests of a module."""
+    with running(fmt, words.script) as server:
+        yield server
 
 
 class Gate:

@@ -67,13 +67,14 @@ class Cell:
 class Front:
     """All readings of one text. Immutable."""
 
-    __slots__ = ("_ceiling", "_cost", "complete", "readings")
+    __slots__ = ("_ceiling", "_cost", "_steady", "complete", "readings")
 
     def __init__(self, readings: Iterable[Reading], complete: bool) -> None:
         self.readings = tuple(readings)
         self.complete = complete
         """The text so far is whole; where no reading is left, nothing may follow."""
         self._cost = self._ceiling = -1
+        self._steady: bool | None = None
 
     @classmethod
     def of(cls, root: Node) -> Front:
@@ -126,6 +127,13 @@ class Front:
     def quoted(self) -> bool:
         """Plain text stays within the leaves that are being read now (or does not fit)."""
         return all(leaf.quoted for leaf, _, _ in self.readings)
+
+    @property
+    def steady(self) -> bool:
+        """Plain text that the grammar allows changes nothing: it goes on in a string that has its least length."""
+        if self._steady is None:
+            self._steady = all(leaf.steady(state) for leaf, state, _ in self.readings)
+        return self._steady
 
     def cheapest(self) -> bytes:
         """Text that leads towards the shortest end: the share of the first leaf. Empty where the text is whole."""

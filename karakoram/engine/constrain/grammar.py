@@ -9,8 +9,7 @@ shortest end takes from any point (`front.py` walks them). Both see the same lan
 
 Every node carries, computed bottom-up when it is made:
     cost    tokens of its cheapest text, each leaf spelled on its own: an upper bound, since spelling may join leaves
-    text    such a text; OPTIONAL stands where a space may join tokens
-    head    the first non-empty leaf's share of that text
+    text    a short text, as a rule the cheapest when it is spelled as a whole; OPTIONAL stands where a space may be
     jump    by how much the cost can exceed `cost` once the first terminal of another choice has been begun
     most_jump, most_swing   the largest jump, and the largest rise within a leaf (of its cost while it is read), of the
                             node and all below it: what a single token may cost in surprise (see `guided.py`)
@@ -24,25 +23,24 @@ from typing import Any
 
 from karakoram.engine.constrain.automaton import DEAD, DIGITS_FIRST, LETTERS_FIRST, Automaton
 from karakoram.engine.constrain.regex import literal, rust
-from karakoram.engine.constrain.vocabulary import OPTIONAL, Vocabulary
+from karakoram.engine.constrain.vocabulary import Vocabulary
 
 
 class Node:
     """What leaves and branches share. Immutable once made; compared by identity."""
 
-    __slots__ = ("cost", "head", "jump", "most_jump", "most_swing", "terminal", "text")
+    __slots__ = ("cost", "jump", "most_jump", "most_swing", "terminal", "text")
 
     cost: int
     text: bytes
-    head: bytes
     jump: int
     most_jump: int
     most_swing: int
     terminal: str | None
     """llguidance's terminal for the whole node, where it is one; the nodes below are then not written."""
 
-    def _set(self, cost: int, text: bytes, head: bytes, jump: int, below: Sequence[Node] = ()) -> None:
-        self.cost, self.text, self.head, self.jump = cost, text, head, jump
+    def _set(self, cost: int, text: bytes, jump: int, below: Sequence[Node] = ()) -> None:
+        self.cost, self.text, self.jump = cost, text, jump
         self.most_jump = max([jump, *(node.most_jump for node in below)])
         self.most_swing = max([0, *(node.most_swing for node in below)])
         self.terminal = None
@@ -70,6 +68,10 @@ class Leaf(Node):
         """Whether more bytes may follow."""
         raise NotImplementedError
 
+    def steady(self, state: Any) -> bool:
+        """Whether plain text, if it fits, leads back to `state`."""
+        return False
+
     def rest(self, state: Any) -> bytes:
         """A cheapest way to a whole text."""
         raise NotImplementedError
@@ -80,8 +82,7 @@ class Leaf(Node):
 
     def _leaf(self, start: Any, peak: int, quoted: bool) -> None:
         self.start, self.quoted = start, quoted
-        text = self.rest(start)
-        self._set(self.left(start), text, text, 0)
+        self._set(self.left(start), self.rest(start), 0)
         self.peak = max(peak, self.cost)
         self.most_swing = self.peak - self.cost
 
@@ -124,6 +125,9 @@ class Words(Leaf):
 
     def open(self, state: tuple[int, int, int]) -> bool:
         return state[1] - state[0] > 1 or len(self.words[state[0]]) > state[2]
+
+    def steady(self, state: tuple[int, int, int]) -> bool:
+        return state == (0, 1, 0) and self.words[0].startswith(b'"')
 
     def rest(self, state: tuple[int, int, int]) -> bytes:
         return self._cheapest(state)[1]
@@ -213,6 +217,9 @@ class Run(Leaf):
     def open(self, state: tuple[int, int]) -> bool:
         return state[0] != self.high
 
+    def steady(self, state: tuple[int, int]) -> bool:
+        return self.high is None and state == (self.low, 0)
+
     def rest(self, state: tuple[int, int]) -> bytes:
         read, inner = state
         begun = self.unit.shortest(inner) if inner else b""
@@ -238,10 +245,9 @@ class Seq(Node):
         jump = 0
         for item in items:
             jump = max(jump, item.jump)
-            if item.text.strip(OPTIONAL):
+            if item.cost:  # what costs nothing may be left out
                 break
-        head = next((item.head for item in items if item.head.strip(OPTIONAL)), b"")
-        self._set(sum(item.cost for item in items), b"".join(item.text for item in items), head, jump, items)
+        self._set(sum(item.cost for item in items), b"".join(item.text for item in items), jump, items)
 
 
 class Alt(Node):
@@ -253,7 +259,7 @@ class Alt(Node):
         self.options = options
         best = min(options, key=lambda option: (option.cost, len(option.text)))
         jump = max(option.cost - best.cost + option.jump for option in options)
-        self._set(best.cost, best.text, best.head, jump, options)
+        self._set(best.cost, best.text, jump, options)
 
 
 class Repeat(Node):
@@ -265,7 +271,7 @@ class Repeat(Node):
         self.item, self.low, self.high = item, low, high
         self._next: Repeat | None = None
         jump = item.jump if low == high else item.cost + item.jump
-        self._set(item.cost * low, item.text * low, item.head if low else b"", jump, [item])
+        self._set(item.cost * low, item.text * low, jump, [item])
 
     def next(self) -> Repeat:
         """What may follow one item; itself where that changes nothing."""

@@ -110,7 +110,10 @@ class GuidedText:
             if self._planned is not None:
                 on_plan = self._planned < len(plan) and token == plan[self._planned]
                 self._planned = self._planned + 1 if on_plan else None
-            front = self._front.after(spellings[token]) if token < len(spellings) else None
+            front: Front | None = None
+            if token < len(spellings):
+                steady = self._vocabulary.is_plain[token] and self._front.steady
+                front = self._front if steady else self._front.after(spellings[token])
             if front is None or not self._matcher.consume_token(token):
                 raise KarakoramError(f"Token {token} was emitted where the grammar forbids it.")
             self._front = front

@@ -54,8 +54,12 @@ class HeaderText:
                 if token is not None:
                     yield token, 1 + costs[end] + header.arguments
 
-    def accept(self, token: int) -> None:
-        """This token, which was among `tokens`, comes next."""
-        spelling = self._vocabulary.spellings[token]
+    def accept(self, token: int) -> bool:
+        """This token comes next; False if it was not among `tokens`."""
+        spellings = self._vocabulary.spellings
+        if token >= len(spellings):
+            return False
+        spelling = spellings[token]
         self._headers = [header for header in self._headers if header.text.startswith(spelling, self._read)]
         self._read += len(spelling)
+        return bool(self._headers)

@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from karakoram.chat.dialects import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END
+from karakoram.chat.dialects import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, TOOL_MARKERS
 from karakoram.chat.tokenizer import Tokenizer
 from karakoram.engine.constrain.compiled import Compiled, GrammarCache, compile_shape
 from karakoram.engine.constrain.guided import GuidedText
 from karakoram.engine.constrain.header import HeaderText
 from karakoram.engine.constrain.shape import OutputShape
 from karakoram.engine.constrain.vocabulary import Vocabulary
+from karakoram.errors import KarakoramError
 
 # More calls than this in one output are a loop, not a plan.
 MAX_CALLS = 128
@@ -98,6 +99,9 @@ class OutputConstraint:
         self._header: HeaderText | None = None
         self._arguments: GuidedText | None = None
         self._ids = vocabulary.special_ids
+        self._names = {self._ids[name]: name for name in TOOL_MARKERS if name in self._ids}
+        self._broken = ""
+        """What went wrong, once a token has come that could not."""
         self.shortest: int = compiled.owed + (len(close) if compiled.shape.in_reasoning and compiled.owes else 0)
         """Tokens of the shortest whole output, stop token included. With fewer to go it cannot be completed."""
         self._phase = _Phase.REASONING
@@ -116,7 +120,10 @@ class OutputConstraint:
     # -------------------------------------------------------------------------------------------- masks
 
     def fill(self, row: Any, left: int) -> bool:
-        """See `Constraint`. Ids beyond the tokenizer's are never among the allowed."""
+        """See `Constraint`. Ids beyond the tokenizer's are never among the allowed. KarakoramError if a token was
+        accepted that could not come, or llguidance's limits are exceeded."""
+        if self._broken:
+            raise KarakoramError(self._broken)
         phase = self._phase
         if phase is _Phase.REASONING:
             return self._fill_reasoning(row, left)
@@ -194,48 +201,59 @@ class OutputConstraint:
     # -------------------------------------------------------------------------------------------- tokens
 
     def accept(self, token: int) -> None:
-        """See `Constraint`. A token that the last mask did not allow is a KarakoramError here or at the next `fill`."""
+        """See `Constraint`. Never raises: after a token that no mask allowed, the next `fill` does."""
+        if not self._broken and not self._take(token):
+            self._broken = f"Token {token} was emitted where the output's shape forbids it."
+
+    def _take(self, token: int) -> bool:
+        """Go on by one token; False if it cannot come here."""
         phase = self._phase
         if phase is _Phase.REASONING:
-            self._accept_reasoning(token)
-        elif token in self._stop_ids and phase in (_Phase.CONTENT, _Phase.ANSWER, _Phase.STOPPING, _Phase.DONE):
+            self._take_reasoning(token)
+        elif phase is _Phase.DONE:
+            return token in self._stop_ids
+        elif token in self._stop_ids:
             self._phase = _Phase.DONE
-        elif phase in (_Phase.CONTENT, _Phase.OPENING):
-            if self._begins_section(token):
-                self._phase = _Phase.SECTION
+            return phase in (_Phase.CONTENT, _Phase.ANSWER, _Phase.STOPPING)
+        elif self._begins_section(token):
+            fresh = phase is _Phase.ANSWER and self._answer is not None and self._answer.empty
+            self._phase = _Phase.SECTION
+            return fresh or phase in (_Phase.CONTENT, _Phase.OPENING)
         elif phase is _Phase.ANSWER and self._answer is not None:
-            if self._answer.empty and self._begins_section(token):
-                self._phase = _Phase.SECTION
-            else:
-                self._answer.accept(token)
-        else:
-            self._accept_call(token)
+            self._answer.accept(token)
+        elif phase is not _Phase.CONTENT:
+            return self._take_in_section(token)
+        return True
 
-    def _accept_call(self, token: int) -> None:
-        """A token of a section."""
-        if token == self._ids[CALL_BEGIN] and self._phase in (_Phase.SECTION, _Phase.CALLED):
+    def _take_in_section(self, token: int) -> bool:
+        name = self._names.get(token)
+        if self._phase is _Phase.HEADER and self._header is not None:
+            if name != ARGUMENT_BEGIN:
+                return self._header.accept(token)
+            if self._header.tool is None:
+                return False
+            self._arguments = GuidedText(self._compiled.arguments[self._header.tool])
+            self._phase = _Phase.ARGUMENTS
+        elif self._phase is _Phase.ARGUMENTS and self._arguments is not None:
+            if name != CALL_END:
+                self._arguments.accept(token)
+                return True
+            self._calls += 1
+            self._phase = _Phase.CALLED
+        elif name == CALL_BEGIN and self._phase in (_Phase.SECTION, _Phase.CALLED):
             index = self._compiled.shape.first_index + self._calls
             self._header = HeaderText(self._vocabulary, self._compiled.headers(index))
             self._phase = _Phase.HEADER
-        elif self._phase is _Phase.HEADER and self._header is not None:
-            if token == self._ids[ARGUMENT_BEGIN] and self._header.tool is not None:
-                self._arguments = GuidedText(self._compiled.arguments[self._header.tool])
-                self._phase = _Phase.ARGUMENTS
-            else:
-                self._header.accept(token)
-        elif self._phase is _Phase.ARGUMENTS and self._arguments is not None:
-            if token == self._ids[CALL_END]:
-                self._calls += 1
-                self._phase = _Phase.CALLED
-            else:
-                self._arguments.accept(token)
-        elif self._phase is _Phase.CALLED and token == self._ids[SECTION_END]:
+        elif name == SECTION_END and self._phase is _Phase.CALLED:
             self._phase = _Phase.STOPPING
+        else:
+            return False
+        return True
 
     def _begins_section(self, token: int) -> bool:
-        return self._compiled.calls and token == self._ids[SECTION_BEGIN]
+        return self._compiled.calls and self._names.get(token) == SECTION_BEGIN
 
-    def _accept_reasoning(self, token: int) -> None:
+    def _take_reasoning(self, token: int) -> None:
         if token in self._stop_ids:
             self._phase = _Phase.DONE
         elif self._begins_section(token):

@@ -8,10 +8,14 @@ doubles, 0.07 / 0.01 is 7.000000000000001), and formats are checked where the li
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
+from math import isfinite
 from typing import Any
+
+from referencing.exceptions import Unresolvable
 
 from karakoram.errors import SchemaError
 
@@ -21,15 +25,20 @@ MAX_SCHEMA_DEPTH = 64
 
 
 def validate_call(schema: Mapping[str, Any] | bool, text: str) -> str | None:
-    """None if `text` is JSON that satisfies `schema`, else what is wrong with it. SchemaError for a broken schema."""
+    """None if `text` is JSON that satisfies `schema`, else what is wrong with it. SchemaError for a broken schema.
+
+    What the library cannot check (a pattern in another dialect, a reference that leads nowhere) is not called wrong."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
+    validator = schema_validator(schema_text(schema))
     try:
-        error = next(iter(schema_validator(schema_text(schema)).iter_errors(value)), None)
+        error = next(iter(validator.iter_errors(value)), None)
     except RecursionError:
         return "nested too deeply to be checked"
+    except (re.error, Unresolvable):
+        return None
     return None if error is None else f"{error.json_path}: {error.message[:200]}"
 
 
@@ -53,7 +62,7 @@ def schema_text(schema: Mapping[str, Any] | bool) -> str:
 def schema_validator(text: str) -> Any:
     """The validator of a schema given as JSON, of the draft it names or else 2020-12. SchemaError if it is broken."""
     import jsonschema
-    from jsonschema import validators
+    from jsonschema import FormatChecker, validators
 
     schema = json.loads(text)
     if (depth := _depth(schema)) > MAX_SCHEMA_DEPTH:
@@ -61,7 +70,8 @@ def schema_validator(text: str) -> Any:
     default = jsonschema.Draft7Validator if _has_item_lists(schema) else jsonschema.Draft202012Validator
     draft: Any = validators.validator_for(schema, default=default)
     try:
-        draft.check_schema(schema)
+        # Patterns are read elsewhere: one in another dialect of regular expressions does not break the schema.
+        draft.check_schema(schema, format_checker=FormatChecker(formats=()))
     except jsonschema.SchemaError as error:
         path = [str(step) for step in error.absolute_path]
         where = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in path[:-1])
@@ -95,5 +105,7 @@ def _has_item_lists(schema: Any) -> bool:
 def _multiple_of(validator: Any, divisor: Any, instance: Any, schema: Any) -> Iterator[Any]:
     from jsonschema import ValidationError
 
-    if validator.is_type(instance, "number") and (Fraction(repr(instance)) / Fraction(repr(divisor))).denominator != 1:
+    if not validator.is_type(instance, "number"):
+        return
+    if not isfinite(instance) or (Fraction(repr(instance)) / Fraction(repr(divisor))).denominator != 1:
         yield ValidationError(f"{instance!r} is not a multiple of {divisor!r}")

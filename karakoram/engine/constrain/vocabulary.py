@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -26,6 +27,8 @@ from karakoram.chat.tokenizer import Tokenizer
 
 OPTIONAL = b"\xff"
 """May be left out or be one space. 0xFF occurs in no UTF-8."""
+# In longer texts no spaces are tried: a space saves at best a token here and there.
+MAX_CHOSEN = 4096
 _OPTIONAL = OPTIONAL[0]
 # Characters with which a string is filled up to its shortest length; all are plain, the first is taken among equals.
 FILLERS = b"a0 -_.xA"
@@ -50,6 +53,7 @@ class Vocabulary:
         """The bytes of each ordinary token."""
         self.ids: dict[bytes, int] = {spelling: token for token, spelling in enumerate(self.spellings)}
         self._longest = _longest(self.spellings)
+        self._sorted = sorted(self.spellings)
         self._lock = threading.Lock()
         self._fillers: dict[int, list[int]] = {byte: [0] for byte in FILLERS}
         self._filler_lengths = {byte: _run_lengths(byte, self.ids) for byte in FILLERS}
@@ -87,7 +91,7 @@ class Vocabulary:
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, self._guided_words * 4)
         row[self._guided_words :] = 0
         first = len(self.spellings)
-        row[first // 32] &= np.uint32((1 << first % 32) - 1)
+        row[first // 32 : first // 32 + 1] &= np.uint32((1 << first % 32) - 1)
         row[first // 32 + 1 :] = 0
 
     def tokens(self, row: np.ndarray) -> list[int]:
@@ -96,6 +100,8 @@ class Vocabulary:
 
     def spell(self, text: bytes) -> list[int]:
         """The fewest tokens that spell `text`, in which `OPTIONAL` stands for a space or nothing."""
+        if len(text) > MAX_CHOSEN:
+            text = text.replace(OPTIONAL, b"")
         _, choices = self._table(text)
         out: list[int] = []
         position = 0
@@ -157,8 +163,14 @@ class Vocabulary:
                     found.append((token, end))
                 if len(spelling) >= self._longest.get(spelling[:2], 1 if len(spelling) > 1 else 2):
                     break
+                if stack and not self._begins_token(spelling):
+                    break
         found.reverse()
         return found
+
+    def _begins_token(self, spelling: bytes) -> bool:
+        place = bisect_left(self._sorted, spelling)
+        return place < len(self._sorted) and self._sorted[place].startswith(spelling)
 
 
 def _longest(spellings: list[bytes]) -> dict[bytes, int]:

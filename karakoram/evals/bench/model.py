@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from karakoram.formats import int4_group
 from karakoram.kernels.packed import BLOCK_BYTES, PackedMatrix, packed_bytes
 from karakoram.model import cost
 from karakoram.model.packed.assemble import assemble
+from karakoram.model.packed.layers import PackedDecoder
 from karakoram.model.packed.modules import Int4Experts, PackedAttention, PackedFeedForward, PackedLinear
 from karakoram.model.transformer import Transformer
 
@@ -158,24 +160,34 @@ def prefill_tokens_per_s(model: Transformer, prompt: int, repeats: int = 3) -> f
     return prompt / statistics.median(times)
 
 
-def decode(model: Transformer, prompt: int, count: int) -> tuple[float, LayerTimes]:
-    """Greedy tokens/s after a prompt (median over the tokens), and where the time went."""
+def decode_tokens_per_s(model: Transformer, prompt: int, count: int) -> float:
+    """Greedy, after a prompt; median over the tokens."""
+    return 1 / _decode_s(model, prompt, count)
+
+
+def _decode_s(model: Transformer, prompt: int, count: int, prompt_is_over: Callable[[], None] = lambda: None) -> float:
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
     cache = model.new_cache(1, prompt + count + 1)
-    spent: dict[bool, list[float]] = defaultdict(list)  # by whether the layer is a mixture
-    with torch.inference_mode(), _TimedLayers(model, spent):
+    times = []
+    with torch.inference_mode():
         token = model(ids, cache, logits_for="last").argmax(-1)
-        spent.clear()
-        times = []
+        prompt_is_over()
         for _ in range(count):
             began = time.perf_counter()
             token = model(token, cache, logits_for="last").argmax(-1)
             times.append(time.perf_counter() - began)
-    each = statistics.median(times)
+    return statistics.median(times)
+
+
+def layer_times(model: Transformer, prompt: int, count: int) -> LayerTimes:
+    """Where the time of a decoded token goes, layers called one by one."""
+    spent: dict[bool, list[float]] = defaultdict(list)  # by whether the layer is a mixture
+    with _TimedLayers(model, spent):
+        each = _decode_s(model, prompt, count, spent.clear)
     dense, mixture = (statistics.median(spent[kind]) if spent[kind] else 0.0 for kind in (False, True))
     c = model.config
     rest = each - c.first_k_dense_replace * dense - (c.num_hidden_layers - c.first_k_dense_replace) * mixture
-    return 1 / each, LayerTimes(dense, mixture, max(rest, 0.0))
+    return LayerTimes(dense, mixture, max(rest, 0.0))
 
 
 class _TimedLayers:
@@ -185,6 +197,7 @@ class _TimedLayers:
         self.model, self.spent, self.handles, self.began = model, spent, [], 0.0
 
     def __enter__(self) -> None:
+        self._all_at_once(False)
         for number, layer in enumerate(self.model.model.layers):
             mixture = number >= self.model.config.first_k_dense_replace
             self.handles.append(layer.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter())))
@@ -195,8 +208,13 @@ class _TimedLayers:
             )
 
     def __exit__(self, *_: object) -> None:
+        self._all_at_once(True)
         for handle in self.handles:
             handle.remove()
+
+    def _all_at_once(self, on: bool) -> None:
+        if isinstance(self.model.model, PackedDecoder):
+            self.model.model.one_by_one = not on
 
 
 def estimate(times: LayerTimes, whole: ModelConfig) -> float:
@@ -258,13 +276,13 @@ def model_bench(
             flops = cost.flops_per_token(model.config, prompt // 2, absorbed=False)
             found.append(Phase("prefill", prompt, prefill_tokens_per_s(model, prompt), flops))
         say(f"decoding {count} tokens after {prompts[0]:,}")
-        rate, times = decode(model, prompts[0], count)
+        rate = decode_tokens_per_s(model, prompts[0], count)
         context = prompts[0] + count // 2
         read = bytes_per_token(model, context)
         flops = cost.flops_per_token(model.config, context)
         found.append(Phase("decode", prompts[0], rate, flops, read))
         if model.config.num_hidden_layers < config.num_hidden_layers:
-            extra["estimate"] = _estimate(times, config)
+            extra["estimate"] = _estimate(layer_times(model, prompts[0], count), config)
             notes.append(f"Of {config.num_hidden_layers} layers {model.config.num_hidden_layers} ran; see `estimate`.")
         return found
 

@@ -214,7 +214,7 @@ async def _load(port: int, streams: int, generate: int, seed: int) -> list[Strea
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, generate: int, number: int) -> Stream:
     body = {
-        "model": "default", "messages": _messages(number), "stream": True, "max_tokens": generate, "temperature": 0,
+        "messages": _messages(number), "stream": True, "max_tokens": generate, "temperature": 0,
         "ignore_eos": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     data = json.dumps(body).encode()

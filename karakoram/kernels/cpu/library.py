@@ -76,6 +76,7 @@ class Library:
         self.c.k2_isa_chosen.restype = ctypes.c_char_p
         self.c.k2_packed_bytes.restype = ctypes.c_int64
         self.c.k2_moe_drop.restype = None
+        self.c.k2_deterministic_choose.restype = None
         if self.c.k2_abi_version() != ABI_VERSION:
             raise BuildError(f"{path} has another ABI version.", f"Remove {path}; it is built again.")
 
@@ -97,6 +98,15 @@ class Library:
     def choose_isa(self, name: str) -> None:
         """Use this instruction set from now on; "auto" is the best. Raises InputError where it cannot be used."""
         self.call("k2_isa_choose", name.encode())
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a row's bits may not depend on how many others are in the call."""
+        return bool(self.c.k2_deterministic_chosen())
+
+    def choose_deterministic(self, on: bool) -> None:
+        """See `ops.deterministic`."""
+        self.c.k2_deterministic_choose(ctypes.c_int(on))
 
     @property
     def threads(self) -> int:

@@ -15,6 +15,7 @@ from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedMatrix, empty_experts
 from karakoram.model.attention import LatentAttention
 from karakoram.model.moe import MixtureOfExperts
+from karakoram.model.packed.layers import join
 from karakoram.model.packed.modules import (
     Int4Experts,
     PackedAttention,
@@ -114,6 +115,7 @@ def assemble(model: Transformer, weights: Weights) -> None:
             layer.mlp = PackedFeedForward(*_triple(weights, f"{stem}.mlp", c.hidden_size, c.intermediate_size))
         else:
             _pack_mixture(layer.mlp, weights, f"{stem}.mlp", c)
+    join(decoder)
 
 
 def _put(parent: nn.Module, name: str, value: object) -> None:

@@ -25,7 +25,7 @@ from karakoram.serve.openai.conversation import (
 )
 from karakoram.serve.refusal import Refusal
 from karakoram.serve.service import Service
-from karakoram.serve.surface import KEEP_ALIVE, Call, Described, Surface
+from karakoram.serve.surface import KEEP_ALIVE, Call, Described, Events, Surface
 from karakoram.session.chat import Answer, ChatRequest, TextLogprob
 from karakoram.session.parts import Delta
 
@@ -147,7 +147,7 @@ def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-class ChatEvents:
+class ChatEvents(Events):
     """One streamed answer as `chat.completion.chunk`s."""
 
     def __init__(self, call: Call) -> None:

@@ -21,7 +21,7 @@ from karakoram.serve.openai.chat import DONE, Wishes, dumps, usage_of, wishes_of
 from karakoram.serve.openai.conversation import sampling_of, stops_of
 from karakoram.serve.refusal import Refusal
 from karakoram.serve.service import Service
-from karakoram.serve.surface import KEEP_ALIVE, Call, Described, Surface
+from karakoram.serve.surface import KEEP_ALIVE, Call, Described, Events, Surface
 from karakoram.session.chat import ChatRequest, Usage
 from karakoram.session.direct import check_prompt
 from karakoram.session.parts import Delta
@@ -230,7 +230,7 @@ def _usage(answers: Sequence[TextAnswer]) -> dict[str, Any]:
     return usage
 
 
-class TextEvents:
+class TextEvents(Events):
     """Streamed continuations as `text_completion` chunks."""
 
     def __init__(self, call: Call) -> None:

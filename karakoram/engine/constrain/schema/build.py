@@ -17,49 +17,28 @@ Where a schema allows more than is written here, less is written: it is enough t
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from typing import Any
 
-from karakoram.engine.constrain.automaton import Automaton, automaton, combined, repeated, words_automaton
-from karakoram.engine.constrain.grammar import EMPTY, Alt, Auto, Node, Run, Seq, Words, optional, repeat
-from karakoram.engine.constrain.regex import (
-    ANY_CHAR,
-    QUOTE,
-    RAW_CHAR,
-    UNIVERSE,
-    Chars,
-    NothingMatches,
-    PatternError,
-    Regex,
-    Times,
-    join,
-    literal,
-    quoted,
-    read_full,
-    read_search,
-    rust,
-    spelled,
-    times,
-    without,
-)
+from karakoram.engine.constrain.automaton import automaton
+from karakoram.engine.constrain.grammar import EMPTY, Alt, Auto, Node, Seq, Words, optional, repeat
+from karakoram.engine.constrain.regex import NothingMatches, PatternError, Regex, join, literal, read_full, rust
 from karakoram.engine.constrain.schema.document import Document
-from karakoram.engine.constrain.schema.formats import FORMATS
 from karakoram.engine.constrain.schema.kinds import Conjunction, Kind, Kinds, conjunction
 from karakoram.engine.constrain.schema.numbers import number_grammar
-from karakoram.engine.constrain.vocabulary import FILLERS, OPTIONAL, Vocabulary
+from karakoram.engine.constrain.schema.strings import MAX_LEAST, Strings
+from karakoram.engine.constrain.vocabulary import OPTIONAL, Vocabulary
 from karakoram.errors import SchemaError
 
 # Deep enough for what people nest; json.loads and jsonschema take about three times as much.
 MAX_NESTING = 24
 # Values without any schema repeat the whole of JSON at each level.
 MAX_FREE_NESTING = 12
+# Longer texts are not compared for the shortest whole.
+MAX_COMPARED = 128
 # Nodes of one grammar; llguidance compiles as many in about 0.1 s.
 MAX_NODES = 20_000
-# Least lengths and counts beyond this are refused: no context holds them, and the shortest text is kept in memory.
-MAX_LEAST = 16_384
-# Where a pattern and a length hold together, a longer string is not written.
-MAX_COUNTED = 1000
 
+_STRING = {"type": "string"}
 _GAP = read_full(r"(?: |\n {0,20})?")
 _SPACE = read_full(" ?")
 
@@ -95,11 +74,14 @@ class _Builder:
         self._vocabulary = vocabulary
         self._document = document
         self._kinds = Kinds(document)
+        self._strings = Strings(vocabulary, document)
         self._kinds_of: dict[tuple[int, ...], list[Kind]] = {}
         self._places: dict[tuple[tuple[int, ...], int], Node | None] = {}
         self._made = 0
         self._gap, self._space = self._optional_space(_GAP), self._optional_space(_SPACE)
         self._comma = self._punctuation(",", True)
+        self._colon = Seq(Words(vocabulary, [b":"]), self._space)
+        self._colon.terminal = f"/{rust(join(literal(':'), _SPACE))}/"
         self._brackets = [self._punctuation(char, char in "{[") for char in "{}[]"]
 
     def _optional_space(self, regex: Regex) -> Auto:
@@ -142,7 +124,14 @@ class _Builder:
         if words:
             options.append(Words(self._vocabulary, words))
         self._count(len(options) + 1)
-        return None if not options else options[0] if len(options) == 1 else Alt(*options)
+        if len(options) < 2:
+            return options[0] if options else None
+        node = Alt(*options)
+        # Which text is cheapest depends on its neighbours: `":"",` is one token or two, `":null,` is three.
+        texts = [option.text for option in options if len(option.text) <= MAX_COMPARED]
+        if texts:
+            node.text = min(texts, key=lambda text: (self._vocabulary.cost(b'":' + text + b","), len(text)))
+        return node
 
     def _count(self, nodes: int) -> None:
         self._made += nodes
@@ -155,7 +144,7 @@ class _Builder:
         if kind.type == "number":
             return self._number(kind)
         if kind.type == "string":
-            return self._string(kind)
+            return self._strings.node(kind)
         if not depth:
             return None
         return self._array(kind, depth - 1) if kind.type == "array" else self._object(kind, depth - 1)
@@ -207,75 +196,6 @@ class _Builder:
             numbers, terminal = number_grammar(kind.interval, kind.integer, ())
         return Auto(self._vocabulary, numbers, terminal)
 
-    def _string(self, kind: Kind) -> Node | None:
-        low, high = kind.low, kind.high
-        if low > MAX_LEAST:
-            raise SchemaError(f"minLength {low:,} is more than {MAX_LEAST:,}.", "Lower it.", "minLength", "")
-        regexes = self._regexes(kind)
-        only = regexes[0] if len(regexes) == 1 else None
-        if isinstance(only, Times) and isinstance(only.item, Chars):
-            # A pattern like ^[a-z]{2,9}$ is a length of its own.
-            highs = [value for value in (high, only.high) if value is not None]
-            return self._run(kind, only.item, max(low, only.low), min(highs) if highs else None)
-        if not regexes:
-            return self._run(kind, None, low, high)
-        parts = [automaton(spelled(regex)) for regex in regexes] if self._small(kind, regexes) else []
-        if not parts:
-            return self._run(kind, None, low, high)
-        terminals = [f"/{rust(quoted(regex))}/" for regex in regexes]
-        if low or high is not None:
-            high = None if high is None else max(low, min(high, MAX_COUNTED))
-            char = spelled(Chars(UNIVERSE))
-            parts.append(repeated(automaton(char), low, high))
-            terminals.append(f"/{rust(join(QUOTE, times(char, low, high), QUOTE))}/")
-        try:
-            body = Auto(self._vocabulary, combined(parts), "", quoted=True)
-        except NothingMatches:
-            self._document.note(kind.source, "pattern", "matches nothing of the allowed length")
-            return None
-        return self._in_quotes(body, " & ".join(terminals))
-
-    def _regexes(self, kind: Kind) -> list[Regex]:
-        regexes = [read_full(FORMATS[name]) for name in dict.fromkeys(kind.formats)]
-        for pattern in dict.fromkeys(kind.patterns):
-            try:
-                regexes.append(read_search(pattern))
-            except PatternError as error:
-                self._document.refuse(kind.source, "pattern", f"{pattern[:80]!r} cannot be enforced: {error}")
-        return regexes
-
-    def _small(self, kind: Kind, regexes: list[Regex]) -> bool:
-        """Whether the patterns can be held as automata; SchemaError if not and the document is strict."""
-        try:
-            parts = [automaton(spelled(regex)) for regex in regexes]
-            if kind.low or kind.high is not None:
-                high = None if kind.high is None else max(kind.low, min(kind.high, MAX_COUNTED))
-                combined([*parts, repeated(automaton(spelled(Chars(UNIVERSE))), kind.low, high)])
-        except NothingMatches:
-            return True
-        except PatternError as error:
-            self._document.refuse(kind.source, "pattern", f"cannot be enforced: {error}")
-            return False
-        return True
-
-    def _run(self, kind: Kind, chars: Chars | None, low: int, high: int | None) -> Node | None:
-        impossible = chars is not None and not chars.ranges and low > 0
-        if impossible or (high is not None and low > high):
-            self._document.note(kind.source, "pattern", "matches nothing of the allowed length")
-            return None
-        if high == 0:
-            return Words(self._vocabulary, [b'""'])
-        regex = ANY_CHAR if chars is None else spelled(chars)
-        fills = chars is None or not without(tuple((byte, byte) for byte in sorted(FILLERS)), chars.ranges)
-        run = Run(self._vocabulary, automaton(regex) if chars is not None else _any_char(), low, high, fills)
-        return self._in_quotes(run, f"/{rust(join(QUOTE, times(regex, low, high), QUOTE))}/")
-
-    def _in_quotes(self, body: Node, terminal: str) -> Node:
-        quote = Words(self._vocabulary, [b'"'])
-        node = Seq(quote, body, quote)
-        node.terminal = terminal
-        return node
-
     # -------------------------------------------------------------------------------------------- arrays
 
     def _array(self, kind: Kind, depth: int) -> Node | None:
@@ -321,7 +241,10 @@ class _Builder:
 
     def _object(self, kind: Kind, depth: int) -> Node | None:
         members: list[tuple[Node, bool]] = []
-        for name in kind.listed:
+        names = self._kinds.of((*kind.names, _STRING)) if kind.names else []
+        given = [name.value for name in names if name.type == "value"]
+        listed = kind.listed if not given else tuple(dict.fromkeys([*kind.listed, *given]))
+        for name in listed:
             schemas = kind.named(name)
             allowed = schemas is not None and all(self._document.valid(schema, name) for schema in kind.names)
             value = self.place(schemas, depth) if allowed and schemas is not None else None
@@ -330,67 +253,44 @@ class _Builder:
             elif name in kind.required:
                 self._document.note(kind.source, "required", f"asks for {name!r}, which cannot be")
                 return None
-        free = self._free_members(kind, depth)
+        rules = [name for name in names if name.type != "value"]
+        free = None if kind.names and not rules else self._free_members(kind, rules, listed, depth)
         inside = self._members(members, free, kind.low, kind.high)
+        if inside is None and free is not None and kind.low > 1:
+            why = "cannot be enforced: free names might repeat, so only one of them would count"
+            self._document.refuse(kind.source, "minProperties", why)
+            inside = self._members(members, free, 0, kind.high)
         if inside is None:
-            self._document.note(kind.source, "minProperties", "cannot be met, or only by names that might repeat")
+            self._document.note(kind.source, "minProperties", "cannot be met")
             return None
         return self._enclosed("{", inside)
 
-    def _free_members(self, kind: Kind, depth: int) -> Node | None:
-        """A member that the schema does not name: by a pattern, or additional."""
+    def _free_members(self, kind: Kind, rules: list[Kind], listed: tuple[str, ...], depth: int) -> Node | None:
+        """A member that the schema does not name: by a pattern, or additional; its name is of the kinds `rules`."""
         patterns = tuple(dict.fromkeys(pattern for members in kind.members for pattern in members.patterns))
-        options: list[Node] = []
+        sorts: list[tuple[list[Any], list[str]]] = []
         for pattern in patterns:
             schemas: list[Any] = []
             for members in kind.members:
                 additional = True if members.additional is None else members.additional
                 schemas.append(members.patterns.get(pattern, additional))
-            others = tuple(other for other in patterns if other != pattern)
-            options += self._free_member(kind, schemas, (pattern,), others, depth)
+            sorts.append((schemas, [pattern]))
         if kind.open:
-            schemas = [members.additional for members in kind.members if members.additional is not None]
-            options += self._free_member(kind, schemas, (), patterns, depth)
+            sorts.append(([part.additional for part in kind.members if part.additional is not None], []))
+        taken = [self._spell(name, kind.source) for name in listed]
+        options: list[Node] = []
+        for schemas, wanted in sorts:
+            value = None if False in schemas else self.place(conjunction(schemas), depth)
+            unwanted = [pattern for pattern in patterns if pattern not in wanted]
+            try:
+                key = None if value is None else self._strings.key(rules, wanted, unwanted, taken)
+            except PatternError as error:
+                self._document.refuse(kind.source, "propertyNames" if rules else "additionalProperties", f"{error}")
+                key = None
+            if key is not None and value is not None:
+                self._count(4)
+                options.append(Seq(key, self._colon, value))
         return None if not options else options[0] if len(options) == 1 else Alt(*options)
-
-    def _free_member(
-        self, kind: Kind, schemas: list[Any], wanted: tuple[str, ...], unwanted: tuple[str, ...], depth: int
-    ) -> list[Node]:
-        value = None if False in schemas else self.place(conjunction(schemas), depth)
-        key = None if value is None else self._free_key(kind, wanted, unwanted)
-        if value is None or key is None:
-            return []
-        self._count(4)
-        colon = Seq(Words(self._vocabulary, [b":"]), self._space)
-        colon.terminal = f"/{rust(join(literal(':'), _SPACE))}/"
-        return [Seq(key, colon, value)]
-
-    def _free_key(self, kind: Kind, wanted: tuple[str, ...], unwanted: tuple[str, ...]) -> Node | None:
-        """A key in plain spelling that none of the named properties has: no escape could hide a second one of them."""
-        keys = [times(RAW_CHAR, 0, None), *map(read_search, wanted)]
-        for names in self._kinds.of((*kind.names, {"type": "string"})) if kind.names else ():
-            if names.type == "value" or names.low or names.high is not None or len(keys) > len(wanted) + 1:
-                self._document.refuse(kind.source, "propertyNames", "is enforced for names that are given and patterns")
-                return None
-            keys += self._regexes(names)
-        quoted_keys = [quoted(key) for key in keys]
-        taken = [self._spell(name, kind.source) for name in kind.listed]
-        forbidden = [quoted(read_search(pattern)) for pattern in unwanted]
-        terminal = " & ".join(f"/{rust(join(QUOTE, key, QUOTE) if key is keys[0] else quoted(key))}/" for key in keys)
-        barred = [f"/{rust(regex)}/" for regex in (*(literal(word.decode()) for word in taken), *forbidden)]
-        if barred:
-            terminal += f" & ~({' | '.join(barred)})"
-        unwanted_keys: list[Automaton] = [automaton(regex) for regex in forbidden]
-        if taken:
-            unwanted_keys.append(words_automaton(taken))
-        try:
-            plain = [automaton(join(QUOTE, keys[0], QUOTE)), *map(automaton, quoted_keys[1:])]
-            return Auto(self._vocabulary, combined(plain, unwanted_keys), terminal, quoted=True)
-        except NothingMatches:
-            return None
-        except PatternError as error:
-            self._document.refuse(kind.source, "additionalProperties", f"cannot be enforced here: {error}")
-            return None
 
     def _members(self, members: list[tuple[Node, bool]], free: Node | None, low: int, high: int | None) -> Node | None:
         """`low` to `high` members in their order, then free ones. Free names may repeat, so only one of them counts."""
@@ -430,8 +330,3 @@ class _Builder:
                 self._count(2)
                 known[position, done] = None if not options else options[0] if len(options) == 1 else Alt(*options)
         return known[0, 0]
-
-
-@lru_cache(1)
-def _any_char() -> Automaton:
-    return automaton(ANY_CHAR)

@@ -57,6 +57,11 @@ const char* k2_isa_chosen(void);
 k2_status k2_threads_choose(int threads);    // 1 to the number of cores this process may use
 int k2_threads_chosen(void);
 
+// Whether a row's result must be the same bits however many rows are in the call, 1, or may depend on it, 0 (the beginning).
+// It only ever depends on it where a matrix unit (AMX) takes calls of many rows: there 1 costs speed, elsewhere nothing.
+void k2_deterministic_choose(int on);
+int k2_deterministic_chosen(void);
+
 // Bytes of a packed matrix of [outputs, inputs]; -1 for a dtype that is not packed.
 int64_t k2_packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs);
 // int32 [N, K/8] and bf16 [N, K/32] -> int4 panels; refuses scales that are not finite.
@@ -110,6 +115,36 @@ k2_status k2_route(const k2_tensor* logits, const k2_tensor* bias, int64_t group
 
 // y = x / rms(x) · weight over the last dimension: x, y bf16 [T, D], weight bf16 [D]; sums and products in f32.
 k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y);
+
+// A decoder layer's weights and numbers. What a layer does not have has data null: q_a and q_a_norm without a low-rank query;
+// router and bias in a dense layer; mlp in a mixture without shared experts. D hidden, H heads, N nope, R rope, V value.
+typedef struct {
+  k2_tensor input_norm;            // bf16 [D]
+  k2_tensor q_a, q_a_norm, q;      // packed [rank, D], bf16 [rank], packed [H·(N + R), rank or D]
+  k2_tensor kv_a, kv_a_norm;       // packed [L + R, D], bf16 [L]
+  k2_tensor keys, kv_b;            // packed [H·L, N], the key half of kv_b transposed; packed [H·(N + V), L]
+  k2_tensor o;                     // packed [D, H·V]
+  k2_tensor post_norm;             // bf16 [D]
+  k2_tensor router, bias;          // packed [E, D], f32 [E]
+  k2_tensor mlp[3];                // packed gate, up, down of the dense layer or of the shared experts
+  const void* const* records;      // of the E experts, as in k2_moe_int4
+  int64_t heads, intermediate, chosen, groups, best_groups;
+  int32_t normalise;
+  float routed_scale, softmax_scale, eps, latent_eps;  // eps of input_norm and post_norm, of q_a_norm and kv_a_norm
+} k2_layer;
+
+// `count` layers one after another for n tokens that attend absorbed, each as a query of its own over its sequence's blocks:
+// what the functions above compute when they are called in turn, bit for bit. x bf16 [n, D] is overwritten; cos, sin f32
+// [n, R/2]; cache bf16 [count, blocks, block size, L + R], the blocks of a layer one after another; blocks i32 [n, blocks per
+// sequence], lengths i64 [n] as in k2_mla_decode: of the rows that a token sees, the last one is its own and is written.
+// blocks null: a block is a row of a contiguous cache, and so many tokens belong to each in turn as n has for it.
+// Blocks and lengths are checked before anything is written; after another error x and these rows are of no use.
+k2_status k2_decode_layers(const k2_layer* layers, int64_t count, const k2_tensor* cos, const k2_tensor* sin,
+                           const k2_tensor* blocks, const k2_tensor* lengths, k2_tensor* cache, k2_tensor* x);
+// The first half of one layer, for experts from elsewhere: x += attention, normed bf16 [n, D] = what router and experts read.
+// Router, bias, mlp and records are not looked at; the cache is [1, blocks, block size, L + R].
+k2_status k2_decode_attention(const k2_layer* layer, const k2_tensor* cos, const k2_tensor* sin, const k2_tensor* blocks,
+                              const k2_tensor* lengths, k2_tensor* cache, k2_tensor* x, k2_tensor* normed);
 
 // Sum of a buffer's bytes with the widest loads of the chosen instruction set: the reader of `k2 bench memory`.
 k2_status k2_read(const k2_tensor* buffer, uint64_t* sum);

@@ -76,6 +76,7 @@ constexpr Choice kChoices[] = {  // best first
 };
 
 std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<bool> deterministic_chosen{false};
 
 const Kernels* find(const char* name) {
   const bool any = !strcmp(name, "auto");
@@ -91,6 +92,8 @@ const Kernels& kernels() {
   if (!table) chosen.store(table = find("auto"), std::memory_order_release);
   return *table;
 }
+
+bool deterministic() { return deterministic_chosen.load(std::memory_order_relaxed); }
 
 }  // namespace k2
 
@@ -111,6 +114,10 @@ k2_status k2_isa_choose(const char* name) {
 
 const char* k2_isa_chosen(void) { return kernels().name; }
 
+void k2_deterministic_choose(int on) { deterministic_chosen.store(on != 0, std::memory_order_relaxed); }
+
+int k2_deterministic_chosen(void) { return deterministic(); }
+
 k2_status k2_threads_choose(int threads) {
   if (threads < 1 || threads > cores_permitted())
     return fail(K2_BAD_SHAPE, "%d threads cannot be used: 1 to %d are permitted", threads, cores_permitted());
@@ -120,8 +127,9 @@ k2_status k2_threads_choose(int threads) {
 
 int k2_threads_chosen(void) { return pool_threads(); }
 
-k2_status k2_read(const k2_tensor* buffer, uint64_t* sum) {
+k2_status k2_read(const k2_tensor* buffer, uint64_t* sum) try {
   K2_TRY(check_tensor("buffer", buffer, K2_U8, 1));
+  if (!sum) return fail(K2_BAD_CALL, "the sum has no place");
   if (reinterpret_cast<uintptr_t>(buffer->data) % 8) return fail(K2_BAD_ALIGNMENT, "buffer is not aligned to 8 bytes");
   constexpr int64_t kPiece = 1 << 20;  // bytes
   const int64_t bytes = buffer->shape[0] / 8 * 8, pieces = (bytes + kPiece - 1) / kPiece;
@@ -133,5 +141,5 @@ k2_status k2_read(const k2_tensor* buffer, uint64_t* sum) {
   });
   *sum = total.load();
   return K2_OK;
-}
+} K2_CATCH
 }

@@ -4,4 +4,5 @@
 
 namespace k2 {
 const Kernels& kernels();
+bool deterministic();  // whether a row's bits may not depend on how many others are in the call
 }

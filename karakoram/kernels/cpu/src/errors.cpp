@@ -3,6 +3,8 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <new>
+#include <stdexcept>
 
 namespace k2 {
 
@@ -14,6 +16,27 @@ k2_status fail(k2_status status, const char* format, ...) {
   vsnprintf(last_error, sizeof last_error, format, arguments);
   va_end(arguments);
   return status;
+}
+
+k2_status fail_for_exception() {
+  try {
+    throw;
+  } catch (const std::bad_alloc&) {
+    return fail(K2_NO_MEMORY, "there is not enough memory");
+  } catch (const std::length_error&) {
+    return fail(K2_NO_MEMORY, "there cannot be enough memory");
+  } catch (const std::exception& error) {
+    return fail(K2_BAD_CALL, "%s", error.what());
+  } catch (...) {
+    return fail(K2_BAD_CALL, "something unknown went wrong");
+  }
+}
+
+bool fits(std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (const int64_t factor : factors)
+    if (factor && (factor < 0 || __builtin_mul_overflow(product, factor, &product) || product > kMostBytes)) return false;
+  return true;
 }
 
 const char* dtype_name(int32_t dtype) {
@@ -45,10 +68,16 @@ k2_status check_tensor(const char* name, const k2_tensor* tensor, int32_t dtype,
   if (tensor->dtype != dtype)
     return fail(K2_BAD_DTYPE, "%s is %s, expected %s", name, dtype_name(tensor->dtype), dtype_name(dtype));
   if (tensor->ndim != ndim) return fail(K2_BAD_SHAPE, "%s has %d dimensions, expected %d", name, tensor->ndim, ndim);
-  int64_t elements = 1;
+  int64_t elements = 1, whole = 1, reach = 0, step = 0;  // whole: zeros left out; reach: of the last element
   for (int i = 0; i < ndim; i++) {
-    if (tensor->shape[i] < 0) return fail(K2_BAD_SHAPE, "%s has a negative size", name);
-    elements *= tensor->shape[i];
+    const int64_t size = tensor->shape[i];
+    if (size < 0) return fail(K2_BAD_SHAPE, "%s has a negative size", name);
+    elements = size ? elements : 0;
+    if (size > 1 && tensor->strides[i] < 0) return fail(K2_BAD_STRIDE, "%s has a negative stride", name);
+    const bool too_far = size > 1 && (__builtin_mul_overflow(size - 1, tensor->strides[i], &step) ||
+                                      __builtin_add_overflow(reach, step, &reach) || reach > kMostBytes);
+    if (too_far || !fits({whole, size, 8})) return fail(K2_BAD_SHAPE, "%s is larger than any memory", name);
+    whole *= size ? size : 1;
   }
   if (elements && !tensor->data) return fail(K2_BAD_SHAPE, "%s points nowhere", name);
   if (reinterpret_cast<uintptr_t>(tensor->data) % element_bytes(dtype))

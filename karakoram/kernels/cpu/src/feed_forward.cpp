@@ -58,14 +58,16 @@ bool run(const Kernels& k, const std::vector<FeedForward>& jobs) {
   const auto together = [&](const FeedForward& job, const Matrix& m) { return panels_together(k, m, job.rows); };
   const auto steps = [](int64_t panels, int64_t each) { return (panels + each - 1) / each; };
   const Items wide(jobs, [&](const FeedForward& job) { return steps(job.gate.panels(), together(job, job.gate)); });
-  parallel(wide.total(), [&](int64_t item, int) {
+  int64_t ns = 0;  // of down; gate and up take twice that
+  for (const FeedForward& job : jobs) ns += job.rows ? product_ns(job.down, job.rows) : 0;
+  parallel_if(2 * ns > kAloneNs, wide.total(), [&](int64_t item, int) {
     const size_t j = wide.job_of(item);
     const int64_t each = together(jobs[j], jobs[j].gate), first = (item - wide.first[j]) * each;
     for (int64_t p = first; p < std::min(first + each, jobs[j].gate.panels()); p++)
       if (!gate_and_up(k, jobs[j], p)) good = false;
   });
   const Items narrow(jobs, [&](const FeedForward& job) { return steps(job.down.panels(), together(job, job.down)); });
-  parallel(narrow.total(), [&](int64_t item, int) {
+  parallel_if(ns > kAloneNs, narrow.total(), [&](int64_t item, int) {
     const size_t j = narrow.job_of(item);
     const int64_t each = together(jobs[j], jobs[j].down), first = (item - narrow.first[j]) * each;
     for (int64_t p = first; p < std::min(first + each, jobs[j].down.panels()); p += 2)
@@ -81,10 +83,7 @@ void load_rows(const Kernels& k, const k2_tensor& x, const int64_t* from, int64_
     k.load(static_cast<const uint16_t*>(x.data) + (from ? from[r] : r) * x.strides[0], width, place);
     if (tail) memset(place + width * k.activation_bytes, 0, static_cast<size_t>(tail * k.activation_bytes));
   };
-  if (rows < 16)  // not worth waking anyone
-    for (int64_t r = 0; r < rows; r++) one(r, 0);
-  else
-    parallel(rows, one);
+  parallel_if(rows * width > 16 * kAloneNs, rows, one);
 }
 
 void* allocate(size_t bytes) { return aligned_alloc(64, (bytes + 64) / 64 * 64); }

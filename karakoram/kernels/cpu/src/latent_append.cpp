@@ -22,7 +22,7 @@ void rotate(const uint16_t* x, const float* cos, const float* sin, int64_t width
 
 extern "C" k2_status k2_latent_append(const k2_tensor* kv, const k2_tensor* norm, float eps, const k2_tensor* q_rope,
                                       const k2_tensor* cos, const k2_tensor* sin, const k2_tensor* positions,
-                                      int64_t tokens_per_row, k2_tensor* cache, k2_tensor* queries) {
+                                      int64_t tokens_per_row, k2_tensor* cache, k2_tensor* queries) try {
   K2_TRY(check_tensor("kv", kv, K2_BF16, 2));
   K2_TRY(check_tensor("norm", norm, K2_BF16, 1));
   K2_TRY(check_tensor("q_rope", q_rope, K2_BF16, 3));
@@ -35,7 +35,7 @@ extern "C" k2_status k2_latent_append(const k2_tensor* kv, const k2_tensor* norm
   const int64_t heads = q_rope->shape[1];
   if (rope < 2 || rope % 2 || q_rope->shape[0] != rows || q_rope->shape[2] != rope || cos->shape[0] != rows ||
       sin->shape[0] != rows || cos->shape[1] != rope / 2 || sin->shape[1] != rope / 2 || positions->shape[0] != rows ||
-      tokens_per_row < 1 || cache->shape[0] * tokens_per_row != rows || cache->shape[2] != width ||
+      tokens_per_row < 1 || tokens_per_row > (rows ? rows : 1) || cache->shape[0] * tokens_per_row != rows || cache->shape[2] != width ||
       queries->shape[0] != rows || queries->shape[1] != heads || queries->shape[2] != width)
     return fail(K2_BAD_SHAPE, "kv, norm, q_rope, cos, sin, positions, cache and queries do not fit each other");
   const int64_t* at = static_cast<const int64_t*>(positions->data);
@@ -56,4 +56,4 @@ extern "C" k2_status k2_latent_append(const k2_tensor* kv, const k2_tensor* norm
   };
   for (int64_t r = 0; r < rows; r++) one(r, 0);
   return K2_OK;
-}
+} K2_CATCH

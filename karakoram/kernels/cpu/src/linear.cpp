@@ -48,7 +48,7 @@ bool two_panels(const Kernels& k, const Matrix& m, int64_t panel, const void* x,
 
 extern "C" {
 
-k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
+k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) try {
   Matrix m;
   K2_TRY(check_tensor("x", x, K2_BF16, 2));
   K2_TRY(as_matrix("weight", weight, &m));
@@ -61,7 +61,7 @@ k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
   int64_t ldx = x->strides[0];
   const void* in = x->data;
   Block copy;
-  const bool as_it_is = k.activation_bytes == 2 && m.inputs % kBlock == 0 && x->shape[0] <= k.gemv_rows;
+  const bool as_it_is = k.activation_bytes == 2 && m.inputs % kBlock == 0 && x->shape[0] <= kFewRows;
   if (!as_it_is) {
     ldx = row_stride(m.inputs);
     copy.reset(allocate(static_cast<size_t>(x->shape[0] * ldx * k.activation_bytes)));
@@ -71,14 +71,14 @@ k2_status k2_linear(const k2_tensor* x, const k2_tensor* weight, k2_tensor* y) {
   }
   std::atomic<bool> good{true};
   const int64_t each = panels_together(k, m, x->shape[0]);
-  parallel((m.panels() + each - 1) / each, [&](int64_t item, int) {
+  parallel_if(product_ns(m, x->shape[0]) > kAloneNs, (m.panels() + each - 1) / each, [&](int64_t item, int) {
     for (int64_t p = item * each; p < (item + 1) * each && p < m.panels(); p += 2)
       if (!two_panels(k, m, p, in, ldx, *y)) good = false;
   });
   return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
-}
+} K2_CATCH
 
-k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t first, k2_tensor* y) {
+k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t first, k2_tensor* y) try {
   Matrix m;
   K2_TRY(check_tensor("x", x, K2_BF16, 3));
   K2_TRY(as_matrix("weight", weight, &m));
@@ -87,12 +87,13 @@ k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t
   if (heads < 1 || x->shape[2] != m.inputs || m.outputs % heads || y->shape[0] != rows || y->shape[1] != heads)
     return fail(K2_BAD_SHAPE, "x, weight and y do not fit each other head by head");
   const int64_t each = m.outputs / heads;
-  if (each % kPanel || first % kPanel || outputs % kPanel || first < 0 || outputs < 1 || first + outputs > each)
-    return fail(K2_BAD_SHAPE, "rows %lld to %lld of a head of %lld are no whole panels", static_cast<long long>(first),
-                static_cast<long long>(first + outputs), static_cast<long long>(each));
+  if (each % kPanel || first % kPanel || outputs % kPanel || first < 0 || outputs < 1 || first > each || outputs > each - first)
+    return fail(K2_BAD_SHAPE, "rows from %lld on, %lld of them, of a head of %lld are no whole panels",
+                static_cast<long long>(first), static_cast<long long>(outputs), static_cast<long long>(each));
   if (!rows) return K2_OK;
   const Kernels& k = kernels();
   const int64_t ldx = round_up(m.inputs, kBlock), a = k.activation_bytes;
+  if (!fits({rows, heads, ldx, a})) return fail(K2_BAD_SHAPE, "x is larger than any memory");
   Block in(allocate(static_cast<size_t>(rows * heads * ldx * a)));
   if (!in) return fail(K2_NO_MEMORY, "no memory for %lld rows of activations", static_cast<long long>(rows));
   for (int64_t r = 0; r < rows; r++) {
@@ -102,7 +103,7 @@ k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t
   }
   const int64_t pairs = (outputs / kPanel + 1) / 2;
   std::atomic<bool> good{true};
-  parallel(heads * pairs, [&](int64_t item, int) {
+  parallel_if(product_ns(m, rows) * outputs / each > kAloneNs, heads * pairs, [&](int64_t item, int) {
     const int64_t h = item / pairs, panel = item % pairs * 2, at = (h * each + first) / kPanel + panel;
     const int count = panel + 1 < outputs / kPanel ? 2 : 1;
     float* out = static_cast<float*>(thread_scratch(1, static_cast<size_t>(rows * 32 * 4)));
@@ -116,9 +117,9 @@ k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t
                    static_cast<uint16_t*>(y->data) + r * y->strides[0] + h * y->strides[1] + panel * kPanel);
   });
   return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
-}
+} K2_CATCH
 
-k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y) {
+k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y) try {
   FeedForward job;
   K2_TRY(check_tensor("x", x, K2_BF16, 2));
   K2_TRY(as_matrix("gate", gate, &job.gate));
@@ -131,6 +132,8 @@ k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up,
   const Kernels& k = kernels();
   job.rows = x->shape[0];
   if (!job.rows) return K2_OK;
+  if (!fits({job.rows, job.gate.outputs + 2 * kBlock, 4}))
+    return fail(K2_BAD_SHAPE, "gate's results are larger than any memory");
   job.ldx = row_stride(x->shape[1]);
   job.ldo = job.down.outputs;
   Block in(allocate(static_cast<size_t>(job.rows * job.ldx * k.activation_bytes)));
@@ -143,23 +146,20 @@ k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up,
   if (!run(k, {job})) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
   for (int64_t r = 0; r < job.rows; r++) store(k, job.out + r * job.ldo, job.ldo, *y, r, 0);
   return K2_OK;
-}
+} K2_CATCH
 
-k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y) {
+k2_status k2_rms_norm(const k2_tensor* x, const k2_tensor* weight, float eps, k2_tensor* y) try {
   K2_TRY(check_tensor("x", x, K2_BF16, 2));
   K2_TRY(check_tensor("weight", weight, K2_BF16, 1));
   K2_TRY(check_tensor("y", y, K2_BF16, 2));
-  if (weight->shape[0] != x->shape[1] || y->shape[0] != x->shape[0] || y->shape[1] != x->shape[1])
+  if (weight->shape[0] < 1 || weight->shape[0] != x->shape[1] || y->shape[0] != x->shape[0] || y->shape[1] != x->shape[1])
     return fail(K2_BAD_SHAPE, "x, weight and y do not fit each other");
   const Kernels& k = kernels();
   const auto one = [&](int64_t r, int) {
     k.rms_norm(static_cast<const uint16_t*>(x->data) + r * x->strides[0], static_cast<const uint16_t*>(weight->data),
                x->shape[1], eps, static_cast<uint16_t*>(y->data) + r * y->strides[0]);
   };
-  if (x->shape[0] < 8)
-    for (int64_t r = 0; r < x->shape[0]; r++) one(r, 0);
-  else
-    parallel(x->shape[0], one);
+  parallel_if(x->shape[0] * x->shape[1] > 8 * kAloneNs, x->shape[0], one);
   return K2_OK;
-}
+} K2_CATCH
 }

@@ -11,6 +11,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // would fight for the same few places of the first-level cache.
 inline int64_t row_stride(int64_t width) { return round_up(width, kBlock) + kBlock / 2; }
 
+constexpr int64_t kFewRows = 24;  // up to here memory sets the pace, beyond it the products
+
 struct Matrix {  // packed [outputs, inputs]
   const uint8_t* data = nullptr;
   int32_t dtype = K2_INT4_PANELS;
@@ -37,6 +39,13 @@ k2_status as_matrix(const char* name, const k2_tensor* tensor, Matrix* out);
 // How many neighbouring panels one item of work takes: with few rows a thread should stay on one stretch of memory for some
 // 64 KB, since every jump costs the latency of a read; with many rows one panel is work enough.
 int64_t panels_together(const Kernels& k, const Matrix& m, int64_t rows);
+
+// About how long a product takes one core whose weights are in the third cache: 40 bytes or 100 products a nanosecond.
+inline int64_t product_ns(const Matrix& m, int64_t rows) {
+  const double ns = static_cast<double>(m.panels() * m.panel_bytes()) / 40 +
+                    static_cast<double>(rows) * static_cast<double>(m.outputs) * static_cast<double>(m.inputs) / 100;
+  return ns < 1e12 ? static_cast<int64_t>(ns) : int64_t(1000000000000);
+}
 
 // Activations of `rows` rows (padded to the block) times panels [first, first + count) of up to two matrices side by side:
 // out[r][16·i + n]. At most 2 panels in all. Uses scratch slot 0 of the thread.

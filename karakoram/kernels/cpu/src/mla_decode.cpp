@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "matrix.hpp"
+#include "feed_forward.hpp"
 #include "worker_pool.hpp"
 
 using namespace k2;
@@ -22,6 +22,8 @@ using namespace k2;
 namespace {
 
 constexpr int64_t kPiece = 1024, kStretch = 128;
+constexpr int64_t kFewHeads = 8;
+constexpr int64_t kAhead = 32;  // tokens: rows are fetched so far before they are multiplied
 
 struct Problem {
   const Kernels* k;
@@ -31,6 +33,7 @@ struct Problem {
   int64_t padded_heads, padded_latent, padded_width;
   float scale;
 
+  bool few() const { return heads <= kFewHeads; }
   const uint16_t* row(int64_t b, int64_t t) const {
     const uint16_t* base = static_cast<const uint16_t*>(cache->data);
     if (!blocks) return base + b * cache->strides[0] + t * cache->strides[1];
@@ -48,8 +51,13 @@ struct Partial {  // of a piece: [heads] maxima and sums, [heads, latent] weight
   float *most, *sum, *values;
 };
 
-// Queries of one sequence as tiles: [heads / 16][padded width] in the kernels' operand order.
-void pack_queries(const Problem& p, int64_t b, void* tiles) {
+// Queries of one sequence as tiles: [heads / 16][padded width] in the kernels' operand order; few heads one after another.
+void pack_queries(const Problem& p, int64_t b, char* tiles) {
+  if (p.few()) {
+    const uint16_t* q = static_cast<const uint16_t*>(p.q->data) + b * p.q->strides[0];
+    const k2_tensor heads{const_cast<uint16_t*>(q), K2_BF16, 2, {p.heads, p.width}, {p.q->strides[1], 1}};
+    return load_rows(*p.k, heads, nullptr, p.heads, tiles, p.padded_width);
+  }
   std::vector<uint16_t> panel(p.padded_width * kPanel);
   for (int64_t h = 0; h < p.padded_heads; h += kPanel) {
     std::fill(panel.begin(), panel.end(), uint16_t(0));
@@ -57,12 +65,31 @@ void pack_queries(const Problem& p, int64_t b, void* tiles) {
       const uint16_t* q = static_cast<const uint16_t*>(p.q->data) + b * p.q->strides[0] + (h + n) * p.q->strides[1];
       for (int64_t i = 0; i < p.width; i++) panel[16 * (i & ~int64_t(1)) + 2 * n + (i & 1)] = q[i];
     }
-    p.k->tile_bf16(panel.data(), p.padded_width / kBlock, static_cast<char*>(tiles) + h * p.padded_width * p.k->activation_bytes);
+    p.k->tile_bf16(panel.data(), p.padded_width / kBlock, tiles + h * p.padded_width * p.k->activation_bytes);
   }
 }
 
+// Calls work(t, row) for the rows of tokens [from, to); a block is looked up once.
+template <class F>
+void for_rows(const Problem& p, int64_t b, int64_t from, int64_t to, const F& work) {
+  const int64_t size = p.blocks ? p.cache->shape[1] : to;
+  while (from < to) {
+    const uint16_t* row = p.row(b, from);
+    const int64_t end = p.blocks ? from + size - from % size : to;
+    for (; from < to && from < end; from++, row += p.cache->strides[1]) work(from, row);
+  }
+}
+
+// Blocks lie anywhere: the processor cannot guess the next one, and short contexts would wait for memory half of the time.
+void fetch(const Problem& p, const Piece& piece, int64_t from, int64_t tokens) {
+  for_rows(p, piece.b, from, from + tokens < piece.to ? from + tokens : piece.to, [&](int64_t, const uint16_t* row) {
+    for (int64_t i = 0; i < p.width; i += 32) __builtin_prefetch(row + i);
+  });
+}
+
 // scores[t][head] of a stretch; rows are multiplied where they lie if they can be, else copied first.
-void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, const void* queries, char* copy, float* scores) {
+void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, const char* queries, char* copy,
+           float* scores) {
   const Kernels& k = *p.k;
   const bool in_place = k.activation_bytes == 2 && p.width % kGroup == 0;
   const int64_t depth = in_place ? p.width : p.padded_width;
@@ -73,6 +100,7 @@ void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, c
     if (p.blocks) {
       const int64_t left = p.cache->shape[1] - (from + t) % p.cache->shape[1];
       if (left < run) run = left;
+      fetch(p, piece, from + t + kAhead, run);
     }
     const void* a = first;
     int64_t lda = p.cache->strides[1];
@@ -86,55 +114,105 @@ void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, c
     }
     const int64_t stride = p.padded_width * kPanel;
     for (int64_t h = 0; h < p.padded_heads; h += 2 * kPanel)
-      k.gemm(run, a, lda, static_cast<const char*>(queries) + h / kPanel * stride * k.activation_bytes, stride,
+      k.gemm(run, a, lda, queries + h / kPanel * stride * k.activation_bytes, stride,
              h + kPanel < p.padded_heads ? 2 : 1, depth, scores + t * p.padded_heads + h, p.padded_heads, false);
     t += run;
   }
 }
 
-// sums += probabilities · values, for the latent part of the rows
-void weigh(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, const float* scores, char* turned,
-           char* tiles, char* copy, float* values) {
+// Few heads: a panel of 16 would mostly be padding. Every head is multiplied with 16 rows at a time, so that scores [head][t]
+// are as the second product wants them, and exponentials fill whole vectors.
+void score_few(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, const uint16_t* const* rows,
+               const char* queries, float* scores) {
+  for (int64_t t = 0; t < tokens; t += 16) {
+    if (p.blocks) fetch(p, piece, from + t + kAhead, 16);
+    for (int64_t h = 0; h < p.heads; h++)
+      p.k->dots(rows + t, p.width, queries + h * p.padded_width * p.k->activation_bytes, scores + h * kStretch + t);
+  }
+}
+
+// scores -> probabilities, 0 behind the tokens; `sum` has 16 lanes a head, all on the scale of the head's maximum.
+void soften_few(const Problem& p, int64_t tokens, float* scores, float* most, float* sum, float* fade) {
+  const int64_t padded = round_up(tokens, kGroup);
+  for (int64_t h = 0; h < p.heads; h++, scores += kStretch, sum += 16) {
+    for (int64_t t = tokens; t < padded; t++) scores[t] = -INFINITY;
+    alignas(64) float top[16], unused[16];
+    for (int i = 0; i < 16; i++) top[i] = most[h];
+    for (int64_t t = 0; t < padded; t += 16)
+      for (int i = 0; i < 16; i++) top[i] = scores[t + i] * p.scale > top[i] ? scores[t + i] * p.scale : top[i];
+    float largest = top[0];
+    for (int i = 1; i < 16; i++) largest = top[i] > largest ? top[i] : largest;
+    fade[h] = std::exp(most[h] - largest);  // 0 before the first stretch
+    most[h] = largest;
+    for (int i = 0; i < 16; i++) top[i] = largest, sum[i] *= fade[h];
+    p.k->softmax(scores, padded / 16, 16, p.scale, top, sum, unused);
+  }
+}
+
+// sums += probabilities · values, for the latent part of the rows; probabilities are activations [head][t]
+void weigh(const Problem& p, int64_t tokens, const uint16_t** rows, const void* probabilities, char* tiles, char* copy,
+           float* values) {
   const Kernels& k = *p.k;
   const int64_t padded = round_up(tokens, kGroup);
-  k.turn(scores, tokens, p.padded_heads, turned, kStretch);
-  const uint16_t* rows[kStretch];
-  for (int64_t t = 0; t < tokens; t++) {
-    rows[t] = p.row(piece.b, from + t);
-    if (p.padded_latent > p.width) {  // the last panel would read behind the row
+  if (p.padded_latent > p.width)  // the last panel would read behind the row
+    for (int64_t t = 0; t < tokens; t++) {
       uint16_t* place = reinterpret_cast<uint16_t*>(copy) + t * p.padded_latent;
       memcpy(place, rows[t], p.width * 2);
       memset(place + p.width, 0, (p.padded_latent - p.width) * 2);
       rows[t] = place;
     }
-  }
   k.tile_values(rows, tokens, padded, p.padded_latent, tiles);
   const int64_t stride = padded * kPanel;
   for (int64_t v = 0; v < p.padded_latent; v += 2 * kPanel)
-    k.gemm(p.padded_heads, turned, kStretch, tiles + v / kPanel * stride * k.activation_bytes, stride,
+    k.gemm(p.heads, probabilities, kStretch, tiles + v / kPanel * stride * k.activation_bytes, stride,
            v + kPanel < p.padded_latent ? 2 : 1, padded, values + v, p.padded_latent, true);
 }
 
-bool attend(const Problem& p, const Piece& piece, const void* queries, const Partial& out) {
+struct Space {  // of one thread, for one piece
+  float *scores, *fade;
+  char *turned, *tiles, *copy;
+
+  bool take(const Problem& p) {
+    const int64_t a = p.k->activation_bytes, widest = p.padded_width > p.padded_latent ? p.padded_width : p.padded_latent;
+    const int64_t scores_bytes = kStretch * p.padded_heads * 4, turned_bytes = p.padded_heads * kStretch * a;
+    char* room = static_cast<char*>(thread_scratch(2, scores_bytes + turned_bytes + p.padded_heads * 4 + 64));
+    tiles = static_cast<char*>(thread_scratch(0, kStretch * p.padded_latent * a));
+    copy = static_cast<char*>(thread_scratch(3, kStretch * widest * 4));
+    scores = reinterpret_cast<float*>(room), turned = room + scores_bytes;
+    fade = reinterpret_cast<float*>(turned + turned_bytes);
+    return room && tiles && copy;
+  }
+};
+
+bool attend(const Problem& p, const Piece& piece, const char* queries, const Partial& out) {
   const Kernels& k = *p.k;
-  const int64_t a = k.activation_bytes, widest = p.padded_width > p.padded_latent ? p.padded_width : p.padded_latent;
-  const int64_t scores_bytes = round_up(kStretch * p.padded_heads * 4, 64), turned_bytes = round_up(p.padded_heads * kStretch * a, 64);
-  char* room = static_cast<char*>(thread_scratch(2, scores_bytes + turned_bytes + p.padded_heads * 4 + 64));
-  char* tiles = static_cast<char*>(thread_scratch(0, kStretch * p.padded_latent * a));
-  char* copy = static_cast<char*>(thread_scratch(3, kStretch * widest * 4));
-  if (!room || !tiles || !copy) return false;
-  float* scores = reinterpret_cast<float*>(room);
-  char* turned = room + scores_bytes;
-  float* fade = reinterpret_cast<float*>(turned + turned_bytes);
+  Space space;
+  if (!space.take(p)) return false;
   for (int64_t h = 0; h < p.padded_heads; h++) out.most[h] = -INFINITY, out.sum[h] = 0;
   memset(out.values, 0, p.padded_heads * p.padded_latent * 4);
+  alignas(64) float sums[16 * kFewHeads] = {};
+  if (p.blocks) fetch(p, piece, piece.from, kAhead);
   for (int64_t from = piece.from; from < piece.to; from += kStretch) {
     const int64_t tokens = piece.to - from < kStretch ? piece.to - from : kStretch;
-    score(p, piece, from, tokens, queries, copy, scores);
-    k.softmax(scores, tokens, p.padded_heads, p.scale, out.most, out.sum, fade);
-    if (from > piece.from) k.scale_rows(out.values, p.heads, p.padded_latent, p.padded_latent, fade);
-    weigh(p, piece, from, tokens, scores, turned, tiles, copy, out.values);
+    const uint16_t* rows[kStretch];
+    for_rows(p, piece.b, from, from + tokens, [&](int64_t t, const uint16_t* row) { rows[t - from] = row; });
+    for (int64_t t = tokens; t < round_up(tokens, 16); t++) rows[t] = rows[tokens - 1];
+    const void* probabilities = space.turned;
+    if (p.few()) {
+      score_few(p, piece, from, tokens, rows, queries, space.scores);
+      soften_few(p, tokens, space.scores, out.most, sums, space.fade);
+      if (k.activation_bytes == 4) probabilities = space.scores;
+      else k.store_bf16(space.scores, p.heads * kStretch, reinterpret_cast<uint16_t*>(space.turned));
+    } else {
+      score(p, piece, from, tokens, queries, space.copy, space.scores);
+      k.softmax(space.scores, tokens, p.padded_heads, p.scale, out.most, out.sum, space.fade);
+      k.turn(space.scores, tokens, p.padded_heads, space.turned, kStretch);
+    }
+    if (from > piece.from) k.scale_rows(out.values, p.heads, p.padded_latent, p.padded_latent, space.fade);
+    weigh(p, tokens, rows, probabilities, space.tiles, space.copy, out.values);
   }
+  for (int64_t h = 0; p.few() && h < p.heads; h++)
+    for (int i = 0; i < 16; i++) out.sum[h] += sums[16 * h + i];
   return true;
 }
 
@@ -150,7 +228,22 @@ void merge(const Problem& p, const std::vector<Partial>& parts, size_t first, si
   p.k->axpy(row, 1.0f / total, p.padded_latent, row, false);
 }
 
+void merge_heads(const Problem& p, const std::vector<Partial>& parts, size_t first, size_t last, int64_t b,
+                 const k2_tensor& out) {
+  std::vector<float> row(p.padded_latent);
+  for (int64_t h = 0; h < p.heads; h++) {
+    merge(p, parts, first, last, h, row.data());
+    const int64_t place = b * out.strides[0] + h * out.strides[1];
+    if (out.dtype == K2_F32)
+      memcpy(static_cast<float*>(out.data) + place, row.data(), p.latent * 4);
+    else
+      p.k->store_bf16(row.data(), p.latent, static_cast<uint16_t*>(out.data) + place);
+  }
+}
+
 k2_status check_cache(const Problem& p) {
+  if (p.blocks && !fits({p.blocks->shape[1], p.cache->shape[1]}))
+    return fail(K2_BAD_SHAPE, "blocks are larger than any memory");
   const int64_t room = p.blocks ? p.blocks->shape[1] * p.cache->shape[1] : p.cache->shape[1];
   for (int64_t b = 0; b < p.batch; b++) {
     if (p.lengths[b] < 1 || p.lengths[b] > room)
@@ -188,7 +281,7 @@ k2_status check(Problem& p, const k2_tensor* lengths, int64_t latent, const k2_t
 }  // namespace
 
 extern "C" k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, const k2_tensor* blocks,
-                                   const k2_tensor* lengths, int64_t latent, float scale, k2_tensor* out) {
+                                   const k2_tensor* lengths, int64_t latent, float scale, k2_tensor* out) try {
   Problem p{};
   p.k = &kernels(), p.q = q, p.cache = cache, p.blocks = blocks, p.scale = scale;
   K2_TRY(check(p, lengths, latent, out));
@@ -199,6 +292,8 @@ extern "C" k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, c
       pieces.push_back({b, from, from + kPiece < p.lengths[b] ? from + kPiece : p.lengths[b]});
     first[b + 1] = pieces.size();
   }
+  if (!fits({static_cast<int64_t>(pieces.size()), p.padded_heads, p.padded_width + 4, 4}))
+    return fail(K2_BAD_SHAPE, "the sums of attention are larger than any memory");
   const int64_t query_bytes = p.padded_heads * p.padded_width * p.k->activation_bytes;
   const int64_t partial_floats = p.padded_heads * (p.padded_latent + 2);
   const int64_t each = round_up(partial_floats * 4, 64);
@@ -211,21 +306,18 @@ extern "C" k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, c
     parts.push_back({at, at + p.padded_heads, at + 2 * p.padded_heads});
   }
   std::atomic<bool> good{true};
-  parallel(p.batch, [&](int64_t b, int) { pack_queries(p, b, queries.get() + b * query_bytes); });
-  parallel(static_cast<int64_t>(pieces.size()), [&](int64_t i, int) {
+  const auto prepare = [&](int64_t b) { pack_queries(p, b, queries.get() + b * query_bytes); };
+  const auto attend_to = [&](int64_t i) {
     if (!attend(p, pieces[i], queries.get() + pieces[i].b * query_bytes, parts[i])) good = false;
-  });
-  if (!good) return fail(K2_NO_MEMORY, "no memory for a thread's stretch of attention");
-  parallel(p.batch, [&](int64_t b, int) {
-    std::vector<float> row(p.padded_latent);
-    for (int64_t h = 0; h < p.heads; h++) {
-      merge(p, parts, first[b], first[b + 1], h, row.data());
-      const int64_t place = b * out->strides[0] + h * out->strides[1];
-      if (out->dtype == K2_F32)
-        memcpy(static_cast<float*>(out->data) + place, row.data(), p.latent * 4);
-      else
-        p.k->store_bf16(row.data(), p.latent, static_cast<uint16_t*>(out->data) + place);
-    }
-  });
-  return K2_OK;
-}
+  };
+  const auto finish = [&](int64_t b) { merge_heads(p, parts, first[b], first[b + 1], b, *out); };
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  if (count == p.batch) {  // short contexts: all of a sequence at once, the others are waited for once
+    parallel(count, [&](int64_t b, int) { prepare(b), attend_to(b), finish(b); });
+  } else {
+    parallel(p.batch, [&](int64_t b, int) { prepare(b); });
+    parallel(count, [&](int64_t i, int) { attend_to(i); });
+    if (good) parallel(p.batch, [&](int64_t b, int) { finish(b); });
+  }
+  return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's stretch of attention");
+} K2_CATCH

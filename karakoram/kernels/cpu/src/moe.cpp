@@ -102,8 +102,15 @@ FeedForward expert_job(const k2_moe& m, int64_t expert, const void* record) {
   return job;
 }
 
-k2_status run_shared(const k2_moe& m, const k2_tensor* shared, float* out) {
+using Block = std::unique_ptr<void, void (*)(void*)>;
+
+struct Shared {  // the shared experts' job for all tokens, and its memory
   FeedForward job;
+  Block in{nullptr, free}, h{nullptr, free}, out{nullptr, free};
+};
+
+k2_status prepare(const k2_moe& m, const k2_tensor* shared, Shared* s) {
+  FeedForward& job = s->job;
   K2_TRY(as_matrix("the shared gate", &shared[0], &job.gate));
   K2_TRY(as_matrix("the shared up", &shared[1], &job.up));
   K2_TRY(as_matrix("the shared down", &shared[2], &job.down));
@@ -113,15 +120,15 @@ k2_status run_shared(const k2_moe& m, const k2_tensor* shared, float* out) {
   const Kernels& k = *m.kernels;
   job.rows = m.tokens;
   job.ldx = m.ldx();
-  job.out = out;
   job.ldo = m.hidden;
-  std::unique_ptr<void, void (*)(void*)> in(allocate(static_cast<size_t>(m.tokens * job.ldx * k.activation_bytes)), free);
-  std::unique_ptr<void, void (*)(void*)> h(allocate(static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes)), free);
-  if (!in || !h) return fail(K2_NO_MEMORY, "no memory for the shared experts");
-  memset(h.get(), 0, static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes));
-  load_rows(k, m.x, nullptr, m.tokens, in.get(), job.ldx);
-  job.x = in.get(), job.h = h.get();
-  return run(k, {job}) ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's tile");
+  s->in.reset(allocate(static_cast<size_t>(m.tokens * job.ldx * k.activation_bytes)));
+  s->h.reset(allocate(static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes)));
+  s->out.reset(allocate(static_cast<size_t>(m.tokens * m.hidden) * sizeof(float)));
+  if (!s->in || !s->h || !s->out) return fail(K2_NO_MEMORY, "no memory for the shared experts");
+  memset(s->h.get(), 0, static_cast<size_t>(m.tokens * job.ldh() * k.activation_bytes));
+  load_rows(k, m.x, nullptr, m.tokens, s->in.get(), job.ldx);
+  job.x = s->in.get(), job.h = s->h.get(), job.out = static_cast<float*>(s->out.get());
+  return K2_OK;
 }
 
 void sum_slots(const k2_moe& m, const float* shared, k2_tensor& y) {
@@ -140,10 +147,20 @@ void sum_slots(const k2_moe& m, const float* shared, k2_tensor& y) {
     else
       m.kernels->store_bf16(sum, n, static_cast<uint16_t*>(y.data) + place);
   };
-  if (m.tokens < 8)
-    for (int64_t item = 0; item < m.tokens * pieces; item++) one(item, 0);
-  else
-    parallel(m.tokens * pieces, one);
+  parallel_if(m.rows() * m.hidden > 8 * kAloneNs, m.tokens * pieces, one);
+}
+
+// The job of an expert that has tokens and was not given before.
+k2_status add_expert(const k2_moe& m, int64_t e, const void* record, std::vector<FeedForward>* jobs, std::vector<char>* done) {
+  if (e < 0 || e >= m.experts)
+    return fail(K2_BAD_ID, "expert %lld of %lld", static_cast<long long>(e), static_cast<long long>(m.experts));
+  if (m.first[e] == m.first[e + 1] || (*done)[e]) return K2_OK;  // the second time, also within a call, is passed over
+  if (!record) return fail(K2_BAD_CALL, "expert %lld has tokens but no record", static_cast<long long>(e));
+  if (reinterpret_cast<uintptr_t>(record) % 64)
+    return fail(K2_BAD_ALIGNMENT, "the record of expert %lld is not aligned to 64 bytes", static_cast<long long>(e));
+  jobs->push_back(expert_job(m, e, record));
+  (*done)[e] = 1;
+  return K2_OK;
 }
 
 k2_status check_result(const k2_moe& m, const k2_tensor* y) {
@@ -165,10 +182,13 @@ k2_status check_result(const k2_moe& m, const k2_tensor* y) {
 extern "C" {
 
 k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
-                       int64_t intermediate, k2_moe** handle) {
+                       int64_t intermediate, k2_moe** handle) try {
   *handle = nullptr;
   K2_TRY(check_routing(x, ids, weights, experts));
   if (intermediate < 1) return fail(K2_BAD_SHAPE, "experts of width %lld", static_cast<long long>(intermediate));
+  if (packed_bytes(K2_INT4_PANELS, intermediate, x->shape[1]) < 0 || !fits({experts, 8}) ||
+      !fits({x->shape[0], ids->shape[1], x->shape[1] + intermediate + 4 * kBlock, 4}))
+    return fail(K2_BAD_SHAPE, "so many experts, or of such a width, are larger than any memory");
   std::unique_ptr<k2_moe> m(new (std::nothrow) k2_moe);
   if (!m) return fail(K2_NO_MEMORY, "no memory for a layer's experts");
   m->tokens = x->shape[0], m->hidden = x->shape[1], m->slots = ids->shape[1];
@@ -192,58 +212,48 @@ k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor
   load_rows(*m->kernels, m->x, m->token.data(), m->rows(), m->in, m->ldx());
   *handle = m.release();
   return K2_OK;
-}
+} K2_CATCH
 
-k2_status k2_moe_experts(k2_moe* m, const int64_t* experts, const void* const* records, int64_t count) {
+k2_status k2_moe_experts(k2_moe* m, const int64_t* experts, const void* const* records, int64_t count) try {
+  if (!m || count < 0 || (count && (!experts || !records))) return fail(K2_BAD_CALL, "no handle, or no experts");
   std::vector<FeedForward> jobs;
   std::vector<char> done = m->done;  // a copy: a refused call leaves nothing half done
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t e = experts[i];
-    if (e < 0 || e >= m->experts)
-      return fail(K2_BAD_ID, "expert %lld of %lld", static_cast<long long>(e), static_cast<long long>(m->experts));
-    if (m->first[e] == m->first[e + 1] || done[e]) continue;  // the second time, also within a call, is passed over
-    if (!records[i]) return fail(K2_BAD_CALL, "expert %lld has tokens but no record", static_cast<long long>(e));
-    if (reinterpret_cast<uintptr_t>(records[i]) % 64)
-      return fail(K2_BAD_ALIGNMENT, "the record of expert %lld is not aligned to 64 bytes", static_cast<long long>(e));
-    jobs.push_back(expert_job(*m, e, records[i]));
-    done[e] = 1;
-  }
+  for (int64_t i = 0; i < count; i++) K2_TRY(add_expert(*m, experts[i], records[i], &jobs, &done));
   if (!run(*m->kernels, jobs)) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
   m->done = std::move(done);
   return K2_OK;
-}
+} K2_CATCH
 
-k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y) {
+k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y) try {
   std::unique_ptr<k2_moe> m(handle);
   K2_TRY(check_result(*m, y));
-  std::unique_ptr<float, void (*)(void*)> beside(nullptr, free);
+  Shared beside;
   if (shared && m->tokens) {
-    beside.reset(static_cast<float*>(allocate(m->tokens * m->hidden * sizeof(float))));
-    if (!beside) return fail(K2_NO_MEMORY, "no memory for the shared experts");
-    K2_TRY(run_shared(*m, shared, beside.get()));
+    K2_TRY(prepare(*m, shared, &beside));
+    if (!run(*m->kernels, {beside.job})) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
   }
-  sum_slots(*m, beside.get(), *y);
+  sum_slots(*m, beside.job.out, *y);
   return K2_OK;
-}
+} K2_CATCH
 
 void k2_moe_drop(k2_moe* handle) { delete handle; }
 
 k2_status k2_moe_int4(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
-                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y) {
-  k2_moe* m = nullptr;
-  K2_TRY(k2_moe_begin(x, ids, weights, experts, intermediate, &m));
-  std::vector<int64_t> all;
-  std::vector<const void*> theirs;
-  for (int64_t e = 0; e < experts; e++)
-    if (m->first[e + 1] > m->first[e]) {
-      all.push_back(e);
-      theirs.push_back(records[e]);
-    }
-  const k2_status status = k2_moe_experts(m, all.data(), theirs.data(), static_cast<int64_t>(all.size()));
-  if (status != K2_OK) {
-    k2_moe_drop(m);
-    return status;
+                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y) try {
+  if (!records) return fail(K2_BAD_CALL, "the experts have no records");
+  k2_moe* begun = nullptr;
+  K2_TRY(k2_moe_begin(x, ids, weights, experts, intermediate, &begun));
+  const std::unique_ptr<k2_moe> m(begun);
+  std::vector<FeedForward> jobs;
+  for (int64_t e = 0; e < experts; e++) K2_TRY(add_expert(*m, e, records[e], &jobs, &m->done));
+  K2_TRY(check_result(*m, y));
+  Shared beside;
+  if (shared && m->tokens) {
+    K2_TRY(prepare(*m, shared, &beside));
+    jobs.push_back(beside.job);
   }
-  return k2_moe_finish(m, shared, y);
-}
+  if (!run(*m->kernels, jobs)) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
+  sum_slots(*m, beside.job.out, *y);
+  return K2_OK;
+} K2_CATCH
 }

@@ -91,7 +91,7 @@ extern "C" {
 
 int64_t k2_packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs) { return packed_bytes(dtype, outputs, inputs); }
 
-k2_status k2_pack_int4(const k2_tensor* codes, const k2_tensor* scale, k2_tensor* out) {
+k2_status k2_pack_int4(const k2_tensor* codes, const k2_tensor* scale, k2_tensor* out) try {
   K2_TRY(check_int4(codes, scale));
   K2_TRY(check_out(out, K2_INT4_PANELS, codes->shape[0], scale->shape[1] * kGroup));
   Matrix m;
@@ -101,18 +101,18 @@ k2_status k2_pack_int4(const k2_tensor* codes, const k2_tensor* scale, k2_tensor
     if (!pack_int4_panel(*codes, *scale, p, static_cast<uint8_t*>(out->data) + p * m.panel_bytes())) finite = false;
   });
   return finite ? K2_OK : fail(K2_NOT_FINITE, "a scale is infinite or not a number");
-}
+} K2_CATCH
 
-k2_status k2_unpack_int4(const k2_tensor* packed, k2_tensor* codes, k2_tensor* scale) {
+k2_status k2_unpack_int4(const k2_tensor* packed, k2_tensor* codes, k2_tensor* scale) try {
   K2_TRY(check_int4(codes, scale));
   K2_TRY(check_out(packed, K2_INT4_PANELS, codes->shape[0], scale->shape[1] * kGroup));
   Matrix m;
   K2_TRY(as_matrix("packed", packed, &m));
   parallel(m.panels(), [&](int64_t p, int) { unpack_int4_panel(m.panel(p), p, *codes, *scale); });
   return K2_OK;
-}
+} K2_CATCH
 
-k2_status k2_pack_bf16(const k2_tensor* weight, k2_tensor* out) {
+k2_status k2_pack_bf16(const k2_tensor* weight, k2_tensor* out) try {
   K2_TRY(check_tensor("weight", weight, K2_BF16, 2));
   K2_TRY(check_out(out, K2_BF16_PANELS, weight->shape[0], weight->shape[1]));
   Matrix m;
@@ -122,9 +122,9 @@ k2_status k2_pack_bf16(const k2_tensor* weight, k2_tensor* out) {
     pack_pairs(*weight, p, m.blocks() * kBlock, reinterpret_cast<uint16_t*>(place));
   });
   return K2_OK;
-}
+} K2_CATCH
 
-k2_status k2_pack_fp8(const k2_tensor* weight, const k2_tensor* scale, k2_tensor* out) {
+k2_status k2_pack_fp8(const k2_tensor* weight, const k2_tensor* scale, k2_tensor* out) try {
   K2_TRY(check_tensor("weight", weight, K2_U8, 2));
   K2_TRY(check_tensor("scale", scale, K2_F32, 2));
   K2_TRY(check_out(out, K2_FP8_PANELS, weight->shape[0], weight->shape[1]));
@@ -146,5 +146,5 @@ k2_status k2_pack_fp8(const k2_tensor* weight, const k2_tensor* scale, k2_tensor
       scales[r * columns + c] = value;
     }
   return K2_OK;
-}
+} K2_CATCH
 }

@@ -71,7 +71,7 @@ bool route_row(const Rule& rule, const float* logits, const float* bias, int64_t
 }  // namespace
 
 extern "C" k2_status k2_route(const k2_tensor* logits, const k2_tensor* bias, int64_t groups, int64_t best_groups,
-                              int32_t normalise, float scale, k2_tensor* ids, k2_tensor* weights) {
+                              int32_t normalise, float scale, k2_tensor* ids, k2_tensor* weights) try {
   K2_TRY(check_tensor("logits", logits, K2_F32, 2));
   K2_TRY(check_tensor("bias", bias, K2_F32, 1));
   K2_TRY(check_tensor("ids", ids, K2_I64, 2));
@@ -80,7 +80,7 @@ extern "C" k2_status k2_route(const k2_tensor* logits, const k2_tensor* bias, in
   const Rule rule{logits->shape[1], groups, best_groups, ids->shape[1], normalise != 0, scale};
   if (bias->shape[0] != rule.experts || ids->shape[0] != rows || weights->shape[0] != rows ||
       weights->shape[1] != rule.chosen || groups < 1 || rule.experts % groups || best_groups < 1 || best_groups > groups ||
-      rule.chosen > rule.experts / groups * best_groups)
+      rule.chosen < 1 || rule.chosen > rule.experts / groups * best_groups)
     return fail(K2_BAD_SHAPE, "logits, bias, ids, weights and groups do not fit each other");
   std::atomic<bool> good{true};
   const auto one = [&](int64_t r, int) {
@@ -89,9 +89,6 @@ extern "C" k2_status k2_route(const k2_tensor* logits, const k2_tensor* bias, in
                    static_cast<float*>(weights->data) + r * weights->strides[0]))
       good = false;
   };
-  if (rows < 16)
-    for (int64_t r = 0; r < rows; r++) one(r, 0);
-  else
-    parallel(rows, one);
+  parallel_if(rows * rule.experts * 5 > kAloneNs, rows, one);  // an exponential and some comparisons an expert
   return good ? K2_OK : fail(K2_NOT_FINITE, "a token's routing logits are not numbers");
-}
+} K2_CATCH

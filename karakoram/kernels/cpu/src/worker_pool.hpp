@@ -14,14 +14,24 @@ int cores_permitted();            // affinity and control group
 void choose_threads(int threads); // at most cores_permitted()
 
 // Memory of one thread that stays between calls, aligned to 64 bytes; null where there is none. Slots are independent.
-constexpr int kScratchSlots = 4;
+constexpr int kScratchSlots = 5, kLayerScratch = 4;
 void* thread_scratch(int slot, size_t bytes);
+
+// Waking the others and waiting for them takes 1 to 3 µs, the more the further apart their cores are: what takes hardly longer
+// than that is done alone. Of a time it is enough to know the order of magnitude.
+constexpr int64_t kAloneNs = 5000;
 
 template <class F>
 void parallel(int64_t items, const F& work) {
   parallel_for(
       items, [](int64_t item, void* context, int thread) { (*static_cast<const F*>(context))(item, thread); },
       const_cast<F*>(&work));
+}
+
+template <class F>
+void parallel_if(bool worth, int64_t items, const F& work) {
+  if (worth) return parallel(items, work);
+  for (int64_t item = 0; item < items; item++) work(item, 0);
 }
 
 }  // namespace k2

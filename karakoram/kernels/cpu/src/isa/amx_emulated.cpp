@@ -64,7 +64,9 @@ void dot_tiles(int sum, int a, int b) {  // TDPBF16PS
 namespace k2 {
 static Kernels amx_kernels() {
   Kernels kernels = bf16_kernels("amx_emulated");
-  kernels.gemv_rows = 8;  // the matrix unit is several times faster
+  kernels.unit_rows = 9;
+  kernels.tile_int4 = tile_int4_bf16;
+  kernels.tile_fp8 = tile_fp8_bf16;
   kernels.gemm = gemm_amx;
   return kernels;
 }

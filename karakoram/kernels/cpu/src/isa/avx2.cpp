@@ -24,100 +24,114 @@ inline float sum_of_group(const float* x) {
 
 // Two codes of a lane become two bf16 numbers 128 + code by one mask and one or: bf16 counts in ones from 128 to 255. Each is a
 // float32 after a shift or a mask. So two weights take five operations and no conversion.
-template <int R, int J>
-inline void add_products(__m256i low, __m256i high, const float* x, int64_t ldx, __m256 (&even)[R][2], __m256 (&odd)[R][2]) {
-  const __m256i lanes[2] = {low, high};
-  for (int h = 0; h < 2; h++) {
-    const __m256i moved = J ? _mm256_srli_epi32(lanes[h], 4 * J) : lanes[h];
-    const __m256i both = _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi32(0x000F000F)), _mm256_set1_epi32(0x43004300));
-    const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
-    for (int r = 0; r < R; r++) {
-      even[r][h] = _mm256_fmadd_ps(w0, _mm256_broadcast_ss(x + r * ldx + 2 * J), even[r][h]);
-      odd[r][h] = _mm256_fmadd_ps(w1, _mm256_broadcast_ss(x + r * ldx + 2 * J + 1), odd[r][h]);
+template <int R, int P, int J>
+inline void add_products(const __m256i (&lanes)[P][2], const float* x, int64_t ldx, __m256 (&part)[R][P][2][2]) {
+  __m256 even[P][2], odd[P][2];
+  for (int p = 0; p < P; p++)
+    for (int h = 0; h < 2; h++) {
+      const __m256i moved = J ? _mm256_srli_epi32(lanes[p][h], 4 * J) : lanes[p][h];
+      const __m256i both = _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi32(0x000F000F)), _mm256_set1_epi32(0x43004300));
+      even[p][h] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+      odd[p][h] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
     }
+  for (int r = 0; r < R; r++) {
+    const __m256 first = _mm256_broadcast_ss(x + r * ldx + 2 * J), second = _mm256_broadcast_ss(x + r * ldx + 2 * J + 1);
+    for (int p = 0; p < P; p++)
+      for (int h = 0; h < 2; h++) {
+        part[r][p][h][0] = _mm256_fmadd_ps(even[p][h], first, part[r][p][h][0]);
+        part[r][p][h][1] = _mm256_fmadd_ps(odd[p][h], second, part[r][p][h][1]);
+      }
   }
 }
 
 // The weight is code − 8: a group is worth Σ (128 + code)·x − 136·Σ x.
-template <int R>
-void gemv_int4_avx2_rows(const float* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo) {
-  constexpr int kSets = R == 1 ? 2 : 1;  // a fused multiply-add takes four cycles: eight sums must be under way
-  __m256 sum[R][2];
-  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes, x += kBlock) {
-    for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel + 4096 + 64 * line), _MM_HINT_T0);
+template <int R, int P>
+void multiply_int4_avx2_rows(const float* x, int64_t ldx, const void* const* panels, const float* const*, int64_t blocks,
+                             float* out, int64_t ldo, bool add, bool ahead) {
+  if (!add)
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2 * P; i++) _mm256_storeu_ps(out + r * ldo + 8 * i, _mm256_setzero_ps());
+  const uint8_t* panel[P];
+  for (int p = 0; p < P; p++) panel[p] = static_cast<const uint8_t*>(panels[p]);
+  for (int64_t block = 0; block < blocks; block++, x += kBlock) {
+    if (ahead)
+      for (int p = 0; p < P; p++)
+        for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel[p] + 4096 + 64 * line), _MM_HINT_T0);
     for (int group = 0; group < 2; group++) {
-      __m256 even[kSets][R][2], odd[kSets][R][2];
-      for (int s = 0; s < kSets; s++)
-        for (int r = 0; r < R; r++)
-          even[s][r][0] = even[s][r][1] = odd[s][r][0] = odd[s][r][1] = _mm256_setzero_ps();
+      __m256 part[R][P][2][2];
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+          for (int h = 0; h < 2; h++) part[r][p][h][0] = part[r][p][h][1] = _mm256_setzero_ps();
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) {
-        const __m256i* lanes = reinterpret_cast<const __m256i*>(panel + 256 * group + 64 * c);
-        const __m256i low = _mm256_loadu_si256(lanes), high = _mm256_loadu_si256(lanes + 1);
+        __m256i lanes[P][2];
+        for (int p = 0; p < P; p++) {
+          const __m256i* from = reinterpret_cast<const __m256i*>(panel[p] + 256 * group + 64 * c);
+          lanes[p][0] = _mm256_loadu_si256(from), lanes[p][1] = _mm256_loadu_si256(from + 1);
+        }
         const float* in = x + kGroup * group + 8 * c;
-        add_products<R, 0>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
-        add_products<R, 1>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
-        add_products<R, 2>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
-        add_products<R, 3>(low, high, in, ldx, even[c % kSets], odd[c % kSets]);
+        add_products<R, P, 0>(lanes, in, ldx, part);
+        add_products<R, P, 1>(lanes, in, ldx, part);
+        add_products<R, P, 2>(lanes, in, ldx, part);
+        add_products<R, P, 3>(lanes, in, ldx, part);
       }
-      const uint8_t* scales = panel + 512 + 32 * group;
-      const __m256 scale[2] = {scales_of(scales), scales_of(scales + 16)};
       for (int r = 0; r < R; r++) {
         const __m256 offset = _mm256_set1_ps(-136.0f * sum_of_group(x + kGroup * group + r * ldx));
+        for (int p = 0; p < P; p++)
+          for (int h = 0; h < 2; h++) {
+            float* place = out + r * ldo + 16 * p + 8 * h;
+            const __m256 scale = scales_of(panel[p] + 512 + 32 * group + 16 * h);
+            _mm256_storeu_ps(place, _mm256_fmadd_ps(_mm256_add_ps(_mm256_add_ps(part[r][p][h][0], part[r][p][h][1]), offset), scale, _mm256_loadu_ps(place)));
+          }
+      }
+    }
+    for (int p = 0; p < P; p++) panel[p] += kInt4BlockBytes;
+  }
+}
+
+template <int R, int P>
+void multiply_bf16_avx2_rows(const float* x, int64_t ldx, const void* const* panels, const float* const* scales,
+                             int64_t blocks, float* out, int64_t ldo, bool add, bool ahead) {
+  if (!add)
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2 * P; i++) _mm256_storeu_ps(out + r * ldo + 8 * i, _mm256_setzero_ps());
+  const uint16_t* panel[P];
+  for (int p = 0; p < P; p++) panel[p] = static_cast<const uint16_t*>(panels[p]);
+  for (int64_t group = 0; group < 2 * blocks; group++, x += kGroup) {
+    __m256 part[R][P][2];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) part[r][p][0] = part[r][p][1] = _mm256_setzero_ps();
+    for (int i = 0; i < kGroup; i += 2) {
+      __m256 even[P][2], odd[P][2];
+      for (int p = 0; p < P; p++)
         for (int h = 0; h < 2; h++) {
-          __m256 whole = offset;
-          for (int s = 0; s < kSets; s++) whole = _mm256_add_ps(_mm256_add_ps(even[s][r][h], odd[s][r][h]), whole);
-          sum[r][h] = _mm256_fmadd_ps(whole, scale[h], sum[r][h]);
+          if (ahead && !h) _mm_prefetch(reinterpret_cast<const char*>(panel[p] + 16 * i) + 4096, _MM_HINT_T0);
+          const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[p] + 16 * i) + h);
+          even[p][h] = _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16));
+          odd[p][h] = _mm256_castsi256_ps(_mm256_and_si256(lanes, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
         }
+      for (int r = 0; r < R; r++) {
+        const __m256 first = _mm256_broadcast_ss(x + r * ldx + i), second = _mm256_broadcast_ss(x + r * ldx + i + 1);
+        for (int p = 0; p < P; p++)
+          for (int h = 0; h < 2; h++) {
+            part[r][p][h] = _mm256_fmadd_ps(even[p][h], first, part[r][p][h]);
+            part[r][p][h] = _mm256_fmadd_ps(odd[p][h], second, part[r][p][h]);
+          }
       }
     }
-  }
-  for (int r = 0; r < R; r++) {
-    _mm256_storeu_ps(out + r * ldo, sum[r][0]);
-    _mm256_storeu_ps(out + r * ldo + 8, sum[r][1]);
-  }
-}
-
-K2_BY_ROWS(gemv_int4_avx2, 2, float, uint8_t)
-
-inline __m256 rounded_to_bf16(__m256 v) {  // to nearest even; finite numbers
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF)));
-  return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
-}
-
-template <int kShift>
-inline void store_weights(const __m256i (&lanes)[2], const __m256 (&scale)[2], float* out) {
-  for (int h = 0; h < 2; h++) {
-    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(lanes[h], kShift), _mm256_set1_epi32(15));
-    const __m256 q = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)));
-    _mm256_storeu_ps(out + 8 * h, rounded_to_bf16(_mm256_mul_ps(q, scale[h])));
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++)
+        for (int h = 0; h < 2; h++) {
+          float* place = out + r * ldo + 16 * p + 8 * h;
+          const __m256 scale = _mm256_set1_ps(scales ? scales[p][group / 4] : 1.0f);
+          _mm256_storeu_ps(place, _mm256_fmadd_ps(part[r][p][h], scale, _mm256_loadu_ps(place)));
+        }
+    for (int p = 0; p < P; p++) panel[p] += kGroup * kPanel;
   }
 }
 
-void tile_int4_avx2(const uint8_t* panel, int64_t blocks, void* tile) {
-  float* out = static_cast<float*>(tile);
-  for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes)
-    for (int group = 0; group < 2; group++) {
-      const uint8_t* scales = panel + 512 + 32 * group;
-      const __m256 scale[2] = {scales_of(scales), scales_of(scales + 16)};
-      for (int c = 0; c < 4; c++, out += 128) {
-        const __m256i* from = reinterpret_cast<const __m256i*>(panel + 256 * group + 64 * c);
-        const __m256i lanes[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
-        store_weights<0>(lanes, scale, out);
-        store_weights<16>(lanes, scale, out + 16);
-        store_weights<4>(lanes, scale, out + 32);
-        store_weights<20>(lanes, scale, out + 48);
-        store_weights<8>(lanes, scale, out + 64);
-        store_weights<24>(lanes, scale, out + 80);
-        store_weights<12>(lanes, scale, out + 96);
-        store_weights<28>(lanes, scale, out + 112);
-      }
-    }
-}
+K2_BY_ROWS(multiply_int4_avx2, 3, float)
+K2_BY_ROWS(multiply_bf16_avx2, 4, float)
 
 template <int R>
 void gemm_avx2_rows(const float* a, int64_t lda, const float* tile, int64_t k, float* c, int64_t ldc, bool add) {
@@ -159,8 +173,8 @@ void gemm_avx2(int64_t rows, const void* input, int64_t lda, const void* tiles, 
 
 Kernels table() {
   Kernels kernels = portable_kernels("avx2");
-  kernels.gemv_int4 = gemv_int4_avx2;
-  kernels.tile_int4 = tile_int4_avx2;
+  kernels.multiply_int4 = multiply_int4_avx2;
+  kernels.multiply_bf16 = multiply_bf16_avx2;
   kernels.gemm = gemm_avx2;
   return kernels;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "portable.hpp"
+#include "avx512_sums.hpp"
 
 namespace k2 {
 namespace {
@@ -33,69 +33,125 @@ inline __m512i code_words() {
   return _mm512_load_si512(words);
 }
 
-// Weights are multiplied as plain codes, which bf16 holds exactly; a group's sum is scaled once, in float32.
-template <int C>
-inline __m512 sum_of(const __m512 (&part)[C]) {
-  if constexpr (C == 4) return _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
-  else return _mm512_add_ps(part[0], part[1]);
-}
-
-template <int R>
-void gemv_int4_bf16_rows(const uint16_t* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo) {
-  constexpr int kChains = R <= 4 ? 4 : 2;  // dpbf16 takes some six cycles: with few rows, more sums must be under way
+// Weights are multiplied as plain codes, which bf16 holds exactly; a group's sum is scaled once, in float32. 6 rows × 2 panels
+// are 12 sums of a group and 12 in all. With few rows two groups are under way at once, for dpbf16 takes some six cycles.
+template <int R, int P>
+void multiply_int4_bf16_rows(const uint16_t* x, int64_t ldx, const void* const* panels, const float* const*, int64_t blocks,
+                             float* out, int64_t ldo, bool add, bool ahead) {
+  constexpr int G = R * P <= 4 ? 2 : 1;
   const __m512i table = code_words();
-  __m512 sum[R];
-  for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
-  for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes, x += kBlock) {
-#pragma GCC unroll 9
-    for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + 64 * line), _MM_HINT_T0);
+  Ahead next(panels, P, blocks * kInt4BlockBytes);
+  const uint8_t* panel[P];
+  for (int p = 0; p < P; p++) panel[p] = static_cast<const uint8_t*>(panels[p]);
+  __m512 sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sum[r][p] = add ? _mm512_loadu_ps(out + r * ldo + 16 * p) : _mm512_setzero_ps();
+  for (int64_t block = 0; block < blocks; block++, x += kBlock) {
+    if (ahead) next.ask<P, 9>();
 #pragma GCC unroll 2
-    for (int group = 0; group < 2; group++) {
-      __m512 part[R][kChains];
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < kChains; c++) part[r][c] = _mm512_setzero_ps();
+    for (int first = 0; first < 2; first += G) {
+      __m512 part[G][R][P];
+#pragma GCC unroll 2
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) part[g][r][p] = _mm512_setzero_ps();
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) {
-        const __m512i lanes = _mm512_loadu_si512(panel + 256 * group + 64 * c);
-        const uint16_t* in = x + kGroup * group + 8 * c;
+#pragma GCC unroll 2
+        for (int g = 0; g < G; g++) {
+          const int group = first + g;
+          __m512i lanes[P];
+          for (int p = 0; p < P; p++) lanes[p] = _mm512_loadu_si512(panel[p] + 256 * group + 64 * c);
+          const uint16_t* in = x + kGroup * group + 8 * c;
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const __m512bh w = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi32(lanes, 4 * j), table));
-#pragma GCC unroll 8
-          for (int r = 0; r < R; r++)
-            part[r][c % kChains] = _mm512_dpbf16_ps(part[r][c % kChains], w, pair_of(in + r * ldx + 2 * j));
+          for (int j = 0; j < 4; j++) {
+            __m512bh w[P];
+            for (int p = 0; p < P; p++) w[p] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi32(lanes[p], 4 * j), table));
+#pragma GCC unroll 6
+            for (int r = 0; r < R; r++) {
+              const __m512bh pair = pair_of(in + r * ldx + 2 * j);
+              for (int p = 0; p < P; p++) part[g][r][p] = _mm512_dpbf16_ps(part[g][r][p], w[p], pair);
+            }
+          }
         }
       }
-      const __m512 scale = (__m512)widen_bf16(reinterpret_cast<const uint16_t*>(panel + 512 + 32 * group));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sum[r] = _mm512_fmadd_ps(sum_of(part[r]), scale, sum[r]);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; g++)
+        for (int p = 0; p < P; p++) {
+          const __m512 scale = (__m512)widen_bf16(reinterpret_cast<const uint16_t*>(panel[p] + 512 + 32 * (first + g)));
+#pragma GCC unroll 6
+          for (int r = 0; r < R; r++) sum[r][p] = _mm512_fmadd_ps(part[g][r][p], scale, sum[r][p]);
+        }
     }
-  }
-  for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * ldo, sum[r]);
-}
-
-template <int R>
-void gemv_bf16_bf16_rows(const uint16_t* x, int64_t ldx, const uint16_t* panel, int64_t blocks, float* out, int64_t ldo) {
-  __m512 sum[R][4];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < 4; c++) sum[r][c] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < blocks * kBlock; i += 8, panel += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 64, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 128, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 192, _MM_HINT_T0);
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-      const __m512bh w = as_bf16(_mm512_loadu_si512(panel + 32 * c));
-      for (int r = 0; r < R; r++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], w, pair_of(x + r * ldx + i + 2 * c));
-    }
+    for (int p = 0; p < P; p++) panel[p] += kInt4BlockBytes;
   }
   for (int r = 0; r < R; r++)
-    _mm512_storeu_ps(out + r * ldo, _mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3])));
+    for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * ldo + 16 * p, sum[r][p]);
 }
 
-K2_BY_ROWS(gemv_int4_bf16, 8, uint16_t, uint8_t)
-K2_BY_ROWS(gemv_bf16_bf16, 4, uint16_t, uint16_t)
+template <int R, int P>
+void multiply_bf16_bf16_rows(const uint16_t* x, int64_t ldx, const void* const* panels, const float* const* scales,
+                             int64_t blocks, float* out, int64_t ldo, bool add, bool ahead) {
+  Ahead next(panels, P, blocks * kBlock * kPanel * 2);
+  const uint16_t* panel[P];
+  for (int p = 0; p < P; p++) panel[p] = static_cast<const uint16_t*>(panels[p]);
+  __m512 sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sum[r][p] = add ? _mm512_loadu_ps(out + r * ldo + 16 * p) : _mm512_setzero_ps();
+  for (int64_t group = 0; group < 2 * blocks; group++, x += kGroup) {
+    __m512 part[R][P];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) part[r][p] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; i += 2) {
+      if (ahead && i % 8 == 0) next.ask<P, 4>();
+      __m512bh w[P];
+      for (int p = 0; p < P; p++) {
+        w[p] = as_bf16(_mm512_loadu_si512(panel[p] + 16 * i));
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const __m512bh pair = pair_of(x + r * ldx + i);
+        for (int p = 0; p < P; p++) part[r][p] = _mm512_dpbf16_ps(part[r][p], w[p], pair);
+      }
+    }
+    for (int p = 0; p < P; p++) {
+      const __m512 scale = _mm512_set1_ps(scales ? scales[p][group / 4] : 1.0f);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) sum[r][p] = _mm512_fmadd_ps(part[r][p], scale, sum[r][p]);
+    }
+    for (int p = 0; p < P; p++) panel[p] += kGroup * kPanel;
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * ldo + 16 * p, sum[r][p]);
+}
+
+K2_BY_ROWS(multiply_int4_bf16, 6, uint16_t)
+K2_BY_ROWS(multiply_bf16_bf16, 6, uint16_t)
+
+struct Fp8Table {  // bf16 numbers of the codes 0…127
+  alignas(64) uint16_t words[128];
+  Fp8Table() {
+    for (int i = 0; i < 128; i++) words[i] = bf16_from_float(fp8_e4m3_to_float(static_cast<uint8_t>(i)));
+  }
+};
+
+void decode_fp8_bf16(const uint8_t* panel, int64_t blocks, uint16_t* out) {
+  static const Fp8Table table;
+  const __m512i first = _mm512_load_si512(table.words), second = _mm512_load_si512(table.words + 32);
+  const __m512i third = _mm512_load_si512(table.words + 64), fourth = _mm512_load_si512(table.words + 96);
+  for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 32) {
+    if (i % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(panel + i) + Ahead::kBytes, _MM_HINT_T0);
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + i)));
+    const __m512i low = _mm512_permutex2var_epi16(first, code, second);  // which look at the lower six bits of a code
+    const __m512i high = _mm512_permutex2var_epi16(third, code, fourth);
+    const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40)), high);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+    _mm512_storeu_si512(out + i, _mm512_or_si512(value, sign));
+  }
+}
 
 inline __m512i interleaving() {  // words of the low half and of the high half, in turn
   alignas(64) uint16_t words[32];
@@ -126,13 +182,16 @@ void tile_int4_bf16(const uint8_t* panel, int64_t blocks, void* tile) {
   }
 }
 
-void tile_bf16_bf16(const uint16_t* panel, int64_t blocks, void* tile) { memcpy(tile, panel, 2 * kPanel * kBlock * blocks); }
-
 void tile_fp8_bf16(const uint8_t* panel, int64_t blocks, const float* scales, void* tile) {
   uint16_t* out = static_cast<uint16_t*>(tile);
-  for (int64_t pair = 0; pair < blocks * kBlock / 2; pair++)
-    for (int i = 0; i < 32; i++) *out++ = bf16_from_float(fp8_e4m3_to_float(*panel++) * scales[pair / 64]);
+  decode_fp8_bf16(panel, blocks, out);
+  for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 16) {  // as the checkpoint means it: the product rounded to bf16
+    const f32x16 product = widen_bf16(out + i) * scales[i / (kPanel * 128)];
+    store_vector(out + i, __builtin_convertvector(round_bf16(product), u16x16));
+  }
 }
+
+void tile_bf16_bf16(const uint16_t* panel, int64_t blocks, void* tile) { memcpy(tile, panel, 2 * kPanel * kBlock * blocks); }
 
 template <int R, int P>
 void gemm_bf16_rows(const uint16_t* a, int64_t lda, const uint16_t* tiles, int64_t stride, int64_t k, float* c, int64_t ldc,
@@ -176,6 +235,26 @@ void gemm_bf16(int64_t rows, const void* a, int64_t lda, const void* tiles, int6
   gemm_bf16_panels<1>(rows, in, lda, w, stride, k, c, ldc, add);
 }
 
+void dots_bf16(const uint16_t* const* rows, int64_t width, const void* query, float* out) {
+  const uint16_t* q = static_cast<const uint16_t*>(query);
+  __m512 sum[16];
+  for (int r = 0; r < 16; r++) sum[r] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= width; i += 32) {
+    const __m512bh part = as_bf16(_mm512_loadu_si512(q + i));
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) sum[r] = _mm512_dpbf16_ps(sum[r], as_bf16(_mm512_loadu_si512(rows[r] + i)), part);
+  }
+  if (i < width) {
+    const __mmask32 there = (1u << (width - i)) - 1;
+    const __m512bh part = as_bf16(_mm512_loadu_si512(q + i));
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++)
+      sum[r] = _mm512_dpbf16_ps(sum[r], as_bf16(_mm512_maskz_loadu_epi16(there, rows[r] + i)), part);
+  }
+  _mm512_storeu_ps(out, sums_of(sum));
+}
+
 void turn_bf16(const float* p, int64_t tokens, int64_t heads, void* out, int64_t ldo) {
   uint16_t* y = static_cast<uint16_t*>(out);
   const __m512i places = _mm512_mullo_epi32(
@@ -211,15 +290,15 @@ void tile_values_bf16(const uint16_t* const* rows, int64_t tokens, int64_t padde
 Kernels bf16_kernels(const char* name) {
   Kernels kernels = portable_kernels(name);
   kernels.activation_bytes = 2;
-  kernels.gemv_rows = 24;  // decoding to a tile costs as much as some nine rows of products
+  kernels.rows_at_once = 6;
   kernels.load = load_bf16;
-  kernels.gemv_int4 = gemv_int4_bf16;
-  kernels.gemv_bf16 = gemv_bf16_bf16;
-  kernels.tile_int4 = tile_int4_bf16;
+  kernels.multiply_int4 = multiply_int4_bf16;
+  kernels.multiply_bf16 = multiply_bf16_bf16;
+  kernels.decode_fp8 = decode_fp8_bf16;
   kernels.tile_bf16 = tile_bf16_bf16;
-  kernels.tile_fp8 = tile_fp8_bf16;
   kernels.gemm = gemm_bf16;
   kernels.silu_mul = silu_mul_bf16;
+  kernels.dots = dots_bf16;
   kernels.turn = turn_bf16;
   kernels.tile_values = tile_values_bf16;
   return kernels;

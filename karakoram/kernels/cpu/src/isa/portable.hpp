@@ -18,6 +18,10 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
 inline f32x16 splat(float v) { return f32x16{} + v; }
 
@@ -104,82 +108,129 @@ inline f32x16 code_values(u32x16 lanes, int shift) {
   return __builtin_convertvector((i32x16)((lanes >> shift) & 15), f32x16) - 8.0f;
 }
 
-template <int R>
-void gemv_int4_rows(const float* x, int64_t ldx, const uint8_t* panel, int64_t blocks, float* out, int64_t ldo) {
-  f32x16 sum[R] = {};
-  for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes, x += kBlock) {
-    for (int group = 0; group < 2; group++) {
-      f32x16 part[R][2] = {};
-      for (int c = 0; c < 4; c++) {
-        u32x16 lanes = load_vector<u32x16>(panel + 256 * group + 64 * c);
-        const float* in = x + kGroup * group + 8 * c;
-        for (int j = 0; j < 8; j++) {
-          f32x16 w = code_values(lanes, 16 * (j & 1) + 4 * (j >> 1));
-          for (int r = 0; r < R; r++) part[r][j & 1] += w * in[r * ldx + j];
+// Memory that `count` panels of `size` bytes will be read from kAhead bytes later. Short panels end before that: behind two
+// that lie side by side come the next two, behind one of them the other.
+struct Ahead {
+  static constexpr int64_t kBytes = 4096;  // read some 150 ns later
+  const char* at[2];
+  int64_t left, size, jump;
+
+  Ahead(const void* const* panels, int count, int64_t bytes) : size(bytes) {
+    const char *first = static_cast<const char*>(panels[0]), *second = static_cast<const char*>(panels[count - 1]);
+    jump = count == 2 && second - first == bytes ? bytes : 0;
+    const int64_t whole = kBytes / bytes * (bytes + jump), rest = kBytes % bytes;
+    left = bytes - rest;
+    at[0] = first + whole + rest, at[1] = second + whole + rest;
+  }
+  template <int P, int kLines>
+  inline void ask() {
+    for (int p = 0; p < P; p++) {
+#pragma GCC unroll 9
+      for (int line = 0; line < kLines; line++) __builtin_prefetch(at[p] + 64 * line, 0, 3);
+      at[p] += 64 * kLines;
+    }
+    if ((left -= 64 * kLines) <= 0) {
+      at[0] += jump, at[1] += jump;
+      left += size;
+    }
+  }
+};
+
+template <int R, int P>
+void multiply_int4_rows(const float* x, int64_t ldx, const void* const* panels, const float* const*, int64_t blocks,
+                        float* out, int64_t ldo, bool add, bool) {
+  f32x16 sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sum[r][p] = add ? load_vector<f32x16>(out + r * ldo + 16 * p) : f32x16{};
+  for (int64_t block = 0; block < blocks; block++, x += kBlock)
+    for (int group = 0; group < 2; group++)
+      for (int p = 0; p < P; p++) {
+        const uint8_t* panel = static_cast<const uint8_t*>(panels[p]) + block * kInt4BlockBytes;
+        f32x16 part[R] = {};
+        for (int c = 0; c < 4; c++) {
+          u32x16 lanes = load_vector<u32x16>(panel + 256 * group + 64 * c);
+          const float* in = x + kGroup * group + 8 * c;
+          for (int j = 0; j < 8; j++) {
+            f32x16 w = code_values(lanes, 16 * (j & 1) + 4 * (j >> 1));
+            for (int r = 0; r < R; r++) part[r] += w * in[r * ldx + j];
+          }
+        }
+        f32x16 scale = widen_bf16(reinterpret_cast<const uint16_t*>(panel + 512 + 32 * group));
+        for (int r = 0; r < R; r++) sum[r][p] += part[r] * scale;
+      }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) store_vector(out + r * ldo + 16 * p, sum[r][p]);
+}
+
+template <int R, int P>
+void multiply_bf16_rows(const float* x, int64_t ldx, const void* const* panels, const float* const* scales, int64_t blocks,
+                        float* out, int64_t ldo, bool add, bool) {
+  f32x16 sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sum[r][p] = add ? load_vector<f32x16>(out + r * ldo + 16 * p) : f32x16{};
+  for (int64_t group = 0; group < 2 * blocks; group++, x += kGroup)
+    for (int p = 0; p < P; p++) {
+      const uint16_t* panel = static_cast<const uint16_t*>(panels[p]) + group * kGroup * kPanel;
+      f32x16 part[R] = {};
+      for (int i = 0; i < kGroup; i += 2) {
+        u32x16 lanes = load_vector<u32x16>(panel + 16 * i);
+        f32x16 even = (f32x16)(lanes << 16), odd = (f32x16)(lanes & 0xFFFF0000u);
+        for (int r = 0; r < R; r++) {
+          part[r] += even * x[r * ldx + i];
+          part[r] += odd * x[r * ldx + i + 1];
         }
       }
-      f32x16 scale = widen_bf16(reinterpret_cast<const uint16_t*>(panel + 512 + 32 * group));
-      for (int r = 0; r < R; r++) sum[r] += (part[r][0] + part[r][1]) * scale;
+      const float scale = scales ? scales[p][group / 4] : 1.0f;
+      for (int r = 0; r < R; r++) sum[r][p] += part[r] * scale;
     }
-  }
-  for (int r = 0; r < R; r++) store_vector(out + r * ldo, sum[r]);
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) store_vector(out + r * ldo + 16 * p, sum[r][p]);
 }
 
-template <int R>
-void gemv_bf16_rows(const float* x, int64_t ldx, const uint16_t* panel, int64_t blocks, float* out, int64_t ldo) {
-  f32x16 sum[R][2] = {};
-  for (int64_t pair = 0; pair < blocks * kBlock / 2; pair++, panel += 32) {
-    u32x16 lanes = load_vector<u32x16>(panel);
-    f32x16 even = (f32x16)(lanes << 16), odd = (f32x16)(lanes & 0xFFFF0000u);
-    for (int r = 0; r < R; r++) {
-      sum[r][0] += even * x[r * ldx + 2 * pair];
-      sum[r][1] += odd * x[r * ldx + 2 * pair + 1];
-    }
+// `most` rows at a time, as evenly as they come: 9 rows in steps of at most 8 are 5 and 4. Only the first step asks for
+// memory ahead of its turn: the others find the panels in the cache.
+#define K2_ROWS(function, most, R)                                                                                      \
+  case R: {                                                                                                             \
+    constexpr int kRows = R <= most ? R : 1;                                                                            \
+    if (count == 2 && !(kRows <= 4 && panels_are_short)) {                                                              \
+      function##_rows<kRows, 2>(in, ldx, panels, scales, blocks, out, ldo, add, ahead);                                 \
+      break;                                                                                                            \
+    }                                                                                                                   \
+    for (int p = 0; p < count; p++)                                                                                     \
+      function##_rows<kRows, 1>(in, ldx, panels + p, scales ? scales + p : scales, blocks, out + 16 * p, ldo, add, ahead); \
+    break;                                                                                                              \
   }
-  for (int r = 0; r < R; r++) store_vector(out + r * ldo, sum[r][0] + sum[r][1]);
-}
-
-// `most` rows at a time, as evenly as they come: 9 rows in steps of at most 8 are 5 and 4.
-#define K2_BY_ROWS(function, most, type, weights)                                                                       \
-  void function(int64_t rows, const void* x, int64_t ldx, const weights* panel, int64_t blocks, float* out,            \
-                int64_t ldo) {                                                                                          \
+#define K2_BY_ROWS(function, most, type)                                                                                \
+  void function(int64_t rows, const void* x, int64_t ldx, const void* const* panels, const float* const* scales,        \
+                int count, int64_t blocks, float* out, int64_t ldo, bool add) {                                         \
     const type* in = static_cast<const type*>(x);                                                                       \
+    const bool panels_are_short = blocks < 8 && !add;                                                                   \
+    bool ahead = true;                                                                                                  \
     for (int64_t steps = (rows + most - 1) / most; steps > 0; steps--) {                                                \
       const int64_t here = (rows + steps - 1) / steps;                                                                  \
       switch (here) {                                                                                                   \
-        case 1: function##_rows<1>(in, ldx, panel, blocks, out, ldo); break;                                            \
-        case 2: function##_rows<2>(in, ldx, panel, blocks, out, ldo); break;                                            \
-        case 3: function##_rows<3>(in, ldx, panel, blocks, out, ldo); break;                                            \
-        case 4: function##_rows<4>(in, ldx, panel, blocks, out, ldo); break;                                            \
-        case 5: function##_rows<most < 5 ? 1 : 5>(in, ldx, panel, blocks, out, ldo); break;                             \
-        case 6: function##_rows<most < 6 ? 1 : 6>(in, ldx, panel, blocks, out, ldo); break;                             \
-        case 7: function##_rows<most < 7 ? 1 : 7>(in, ldx, panel, blocks, out, ldo); break;                             \
-        case 8: function##_rows<most < 8 ? 1 : 8>(in, ldx, panel, blocks, out, ldo); break;                             \
+        K2_ROWS(function, most, 1) K2_ROWS(function, most, 2) K2_ROWS(function, most, 3)                                \
+        K2_ROWS(function, most, 4) K2_ROWS(function, most, 5) K2_ROWS(function, most, 6)                                \
       }                                                                                                                 \
-      rows -= here, in += here * ldx, out += here * ldo;                                                                \
+      rows -= here, in += here * ldx, out += here * ldo, ahead = false;                                                 \
     }                                                                                                                   \
   }
 
-K2_BY_ROWS(gemv_int4, 4, float, uint8_t)
-K2_BY_ROWS(gemv_bf16, 4, float, uint16_t)
+K2_BY_ROWS(multiply_int4, 4, float)
+K2_BY_ROWS(multiply_bf16, 4, float)
+
+void decode_fp8(const uint8_t* panel, int64_t blocks, uint16_t* out) {
+  for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 16) {
+    const u32x16 code = __builtin_convertvector(load_vector<u8x16>(panel + i), u32x16), rest = code & 0x7F;
+    const u32x16 normal = (rest << 20) + (120u << 23);  // the exponent's bias moves from 7 to 127
+    const u32x16 small = (u32x16)(__builtin_convertvector((i32x16)rest, f32x16) * 0.001953125f);  // mantissa · 2^-9
+    const u32x16 is_small = (u32x16)(rest < 8), is_nan = (u32x16)(rest == 0x7F) & 0x7FC00000;
+    const u32x16 bits = (normal & ~is_small) | (small & is_small) | is_nan | ((code & 0x80) << 24);
+    store_vector(out + i, __builtin_convertvector(bits >> 16, u16x16));
+  }
+}
 
 // ------------------------------------------------------------------------------------------------ tiles, float32
-
-void tile_int4_f32(const uint8_t* panel, int64_t blocks, void* tile) {
-  float* out = static_cast<float*>(tile);
-  for (int64_t block = 0; block < blocks; block++, panel += kInt4BlockBytes)
-    for (int group = 0; group < 2; group++) {
-      f32x16 scale = widen_bf16(reinterpret_cast<const uint16_t*>(panel + 512 + 32 * group));
-      for (int c = 0; c < 4; c++) {
-        u32x16 lanes = load_vector<u32x16>(panel + 256 * group + 64 * c);
-        for (int j = 0; j < 8; j++, out += 16) {
-          // as the checkpoint means it: the product rounded to bf16
-          f32x16 w = code_values(lanes, 16 * (j & 1) + 4 * (j >> 1)) * scale;
-          store_vector(out, (f32x16)(round_bf16(w) << 16));
-        }
-      }
-    }
-}
 
 void tile_bf16_f32(const uint16_t* panel, int64_t blocks, void* tile) {
   float* out = static_cast<float*>(tile);
@@ -188,17 +239,6 @@ void tile_bf16_f32(const uint16_t* panel, int64_t blocks, void* tile) {
     store_vector(out, (f32x16)(lanes << 16));
     store_vector(out + 16, (f32x16)(lanes & 0xFFFF0000u));
   }
-}
-
-inline float fp8_value(uint8_t code, float scale) {  // rounded to bf16, as the checkpoint's decoder does
-  return bf16_to_float(bf16_from_float(fp8_e4m3_to_float(code) * scale));
-}
-
-void tile_fp8_f32(const uint8_t* panel, int64_t blocks, const float* scales, void* tile) {
-  float* out = static_cast<float*>(tile);
-  for (int64_t pair = 0; pair < blocks * kBlock / 2; pair++, panel += 32, out += 32)
-    for (int lane = 0; lane < 16; lane++)
-      for (int odd = 0; odd < 2; odd++) out[16 * odd + lane] = fp8_value(panel[2 * lane + odd], scales[pair / 64]);
 }
 
 #ifndef K2_TILE_ROWS
@@ -276,6 +316,29 @@ void softmax(float* scores, int64_t tokens, int64_t heads, float scale, float* r
   }
 }
 
+inline f32x8 widen_half(const uint16_t* p) {
+  return (f32x8)(__builtin_convertvector(load_vector<u16x8>(p), u32x8) << 16);
+}
+
+void dots_f32(const uint16_t* const* rows, int64_t width, const void* query, float* out) {
+  const float* q = static_cast<const float*>(query);
+  for (int t = 0; t < 16; t += 4) {  // 4 rows × 2 sums: halves of a vector stay in registers on AVX2
+    f32x8 sum[4][2] = {};
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16)
+      for (int r = 0; r < 4; r++) {
+        sum[r][0] += widen_half(rows[t + r] + i) * load_vector<f32x8>(q + i);
+        sum[r][1] += widen_half(rows[t + r] + i + 8) * load_vector<f32x8>(q + i + 8);
+      }
+    for (int r = 0; r < 4; r++) {
+      const f32x8 v = sum[r][0] + sum[r][1];
+      float total = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+      for (int64_t tail = i; tail < width; tail++) total += bf16_to_float(rows[t + r][tail]) * q[tail];
+      out[t + r] = total;
+    }
+  }
+}
+
 void turn_f32(const float* p, int64_t tokens, int64_t heads, void* out, int64_t ldo) {
   float* y = static_cast<float*>(out);
   for (int64_t h = 0; h < heads; h++) {
@@ -323,6 +386,13 @@ void rms_norm(const uint16_t* x, const uint16_t* weight, int64_t n, float eps, u
     y[i] = bf16_from_float(bf16_to_float(bf16_from_float(bf16_to_float(x[i]) * by)) * bf16_to_float(weight[i]));
 }
 
+void add_bf16(uint16_t* x, const uint16_t* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    store_vector(x + i, __builtin_convertvector(round_bf16(widen_bf16(x + i) + widen_bf16(y + i)), u16x16));
+  for (; i < n; i++) x[i] = bf16_from_float(bf16_to_float(x[i]) + bf16_to_float(y[i]));
+}
+
 uint64_t read_words(const uint64_t* words, int64_t n) {
   typedef uint64_t u64x8 __attribute__((vector_size(64)));
   u64x8 sum[8] = {};
@@ -337,9 +407,10 @@ uint64_t read_words(const uint64_t* words, int64_t n) {
 }
 
 constexpr Kernels portable_kernels(const char* name) {
-  return Kernels{name,        4,         8,            load_f32,   gemv_int4, gemv_bf16,      tile_int4_f32,
-                 tile_bf16_f32, tile_fp8_f32, gemm_f32, silu_mul_f32, axpy,   store_bf16,     softmax,
-                 turn_f32,    tile_values_f32, scale_rows, rms_norm, read_words};
+  return Kernels{name,       4,       0,             4,        load_f32,     multiply_int4, multiply_bf16,
+                 decode_fp8, nullptr, nullptr, tile_bf16_f32, gemm_f32, silu_mul_f32, axpy,          store_bf16,
+                 dots_f32,   softmax, turn_f32,      tile_values_f32, scale_rows, rms_norm, add_bf16,
+                 read_words};
 }
 
 }  // namespace

@@ -1,0 +1,157 @@
+"""The deterministic mode: a seeded request is the same bits whatever happens around it, log-probabilities included.
+
+Compared are `Result`s: token ids, every log-probability and alternative as floats, equal to the last bit, between a
+request alone in an engine of its own and the same request under each circumstance.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from karakoram.engine.engine import Engine
+from karakoram.engine.request import Request, Sampling
+from karakoram.model.transformer import Transformer
+from tests.engine import models
+from tests.engine.heard import Result, Watched, all_blocks_back, gathered, greedy, repetitive, run, seeded
+
+CONTEXT = 160
+KINDS = ["tiny", "tiny_bf16", "tiny_packed", "nano"]
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def prompt(model: Transformer) -> list[int]:
+    return models.prompt(75, 11, min(model.config.vocab_size, 3900))
+
+
+def asked(prompt: list[int], **how: object) -> Request:
+    """Drawn among all tokens, with everything that can be asked about them."""
+    sampling = Sampling(temperature=0.9, top_p=0.95, seed=1234)
+    return replace(Request("asked", prompt, 24, sampling, logprobs=4), **how)
+
+
+def others(model: Transformer, count: int, seed: int = 0) -> list[Request]:
+    """Neighbours of all kinds: long and short, greedy and drawn, with penalties, with log-probabilities."""
+    draw, vocabulary, made = Random(seed), min(model.config.vocab_size, 3900), list[Request]()
+    for number in range(count):
+        ids = models.prompt(draw.randint(1, 90), 100 + number, vocabulary)
+        how = Sampling(
+            temperature=draw.choice([0.0, 1.0]), seed=number, top_k=draw.choice([0, 5]),
+            repetition_penalty=draw.choice([1.0, 1.2]),
+        )  # fmt: skip
+        made.append(Request(f"n{number}", ids, draw.randint(1, 40), how, logprobs=draw.choice([None, 2])))
+    return made
+
+
+def engine_for(model: Transformer, **how: object) -> Engine:
+    return Engine(model, context=CONTEXT, deterministic=True, **{"speculate": False, **how})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def alone(model: Transformer, prompt: list[int]) -> Callable[..., Result]:
+    def result(**how: object) -> Result:
+        with engine_for(model) as engine:
+            return run(engine, asked(prompt, **how))
+
+    return result
+
+
+def beside(engine: Engine, request: Request, neighbours: list[Request], place: int = 0) -> Result:
+    heard = gathered(Watched(engine), [*neighbours[:place], request, *neighbours[place:]])
+    result = heard.end(request.id)
+    for one in neighbours:
+        assert heard.end(one.id).error == ""
+    all_blocks_back(engine)
+    return result
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_in_a_batch(model: Transformer, prompt: list[int], alone: Callable[..., Result], count: int) -> None:
+    with engine_for(model) as engine:
+        assert beside(engine, asked(prompt), others(model, count), count // 2) == alone()
+
+
+@pytest.mark.parametrize("most_batch_tokens", [1, 7, 16, 33, 64])
+def test_with_its_prompt_in_pieces(
+    model: Transformer, prompt: list[int], alone: Callable[..., Result], most_batch_tokens: int
+) -> None:
+    with engine_for(model, most_batch_tokens=most_batch_tokens) as engine:
+        watched = Watched(engine)
+        assert run(engine, asked(prompt)) == alone()
+        assert sum(piece.count for piece in watched.passes[0]) == min(most_batch_tokens, len(prompt))
+
+
+def test_with_its_prompts_logprobs(model: Transformer, prompt: list[int], alone: Callable[..., Result]) -> None:
+    """All logits of the prompt are wanted then, and it runs in other pieces; the same bits in both ways."""
+    with engine_for(model, most_batch_tokens=40) as engine:
+        pieces = beside(engine, asked(prompt, prompt_logprobs=2), others(model, 3))
+    whole = alone(prompt_logprobs=2)
+    assert pieces == whole and len(whole.prompt_logprobs) == len(prompt) - 1
+    assert replace(whole, prompt_logprobs=()) == alone()
+
+
+@pytest.mark.parametrize("known", [10, 16, 40, 74])
+def test_resumed_from_a_prefix(model: Transformer, prompt: list[int], alone: Callable[..., Result], known: int) -> None:
+    with engine_for(model) as engine:
+        run(engine, greedy("before", prompt[:known] + [5, 6, 7], 3))
+        result = run(engine, asked(prompt))
+        assert result.cached == known and result == alone()
+
+
+def test_as_a_later_turn(model: Transformer, prompt: list[int], alone: Callable[..., Result]) -> None:
+    """The first half of the output is the next prompt's end: it was computed token by token, here in a piece."""
+    whole = alone()
+    with engine_for(model) as engine:
+        first = run(engine, asked(prompt, max_new_tokens=12))
+        turn = [*prompt, *first.tokens]
+        second = run(engine, asked(turn, max_new_tokens=12))
+        assert second.cached == len(turn) - 1
+    with engine_for(model) as fresh:
+        again = run(fresh, asked(turn, max_new_tokens=12))
+        assert again.cached == 0
+    assert first.tokens + second.tokens == whole.tokens
+    assert first.logprobs + second.logprobs == whole.logprobs
+    assert again == second
+
+
+def test_preempted(model: Transformer, prompt: list[int], alone: Callable[..., Result]) -> None:
+    """An older request needs the room twice over; what was thrown out is computed anew in one piece."""
+    with engine_for(model, cache_tokens=CONTEXT) as engine:
+        watched = Watched(engine)
+        old = [seeded(f"o{i}", models.prompt(20, i), 130, seed=i) for i in range(2)]
+        heard = gathered(watched, [*old, asked(prompt)])
+        result = heard.end("asked")
+        for one in old:
+            heard.end(one.id)
+        times = [p.computed for seen in watched.passes for p in seen if p.id == "asked" and p.count > 1]
+        assert len(times) > 1  # it came back
+    assert result == alone()
+
+
+@pytest.mark.parametrize("neighbours", [0, 6])
+def test_with_and_without_guesses(model: Transformer, prompt: list[int], neighbours: int) -> None:
+    """Drawn among four tokens, so that guesses are made and many are right."""
+    request = repetitive("asked", prompt, 50, 8, logprobs=3)
+    with engine_for(model) as engine:
+        plain = run(engine, request)
+    with engine_for(model, speculate=True) as engine:
+        engine.scheduler.costs.extra = lambda tokens: 0.0  # type: ignore[method-assign]
+        watched = Watched(engine)
+        more = [repetitive(f"r{i}", prompt[i:], 30 + i, i) for i in range(neighbours)]
+        heard = gathered(watched, [request, *more])
+        assert heard.end("asked") == plain
+        assert sum(piece.guesses for seen in watched.passes for piece in seen if piece.id == "asked") > 10
+
+
+def test_all_of_it_at_once(model: Transformer, prompt: list[int], alone: Callable[..., Result]) -> None:
+    """In a full cache, in pieces, with guesses, from a prefix, beside sixteen."""
+    with engine_for(model, cache_tokens=CONTEXT, most_batch_tokens=48, speculate=True) as engine:
+        run(engine, greedy("before", prompt[:50], 2))
+        assert beside(engine, asked(prompt), others(model, 16, 3), 9) == alone()
+        assert engine.stats()["preemptions"] > 0
