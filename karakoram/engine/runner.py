@@ -20,6 +20,7 @@ from torch import Tensor
 
 from karakoram.engine.blocks import BLOCK_TOKENS
 from karakoram.engine.sequence import Sequence
+from karakoram.kernels import ops
 from karakoram.model.attention import ABSORB_UP_TO
 from karakoram.model.cache import PagedPass, Span
 from karakoram.model.transformer import Transformer
@@ -50,6 +51,8 @@ class Runner:
         self.rows = _zeros((c.num_hidden_layers, blocks, BLOCK_TOKENS, width), model.dtype, model.device)
         packed = hasattr(model.lm_head, "matrix")  # PackedLinear
         self.one_by_one = deterministic and not packed
+        if deterministic:
+            ops.deterministic(True)  # for the whole process; it costs AMX's matrix unit, elsewhere nothing
         self.absorb_up_to = 1 << 62 if deterministic else ABSORB_UP_TO
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -77,7 +80,10 @@ class Runner:
         counts = np.array([piece.tokens for piece in pieces])
         ends = counts.cumsum()
         positions_T = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        tables = [piece.sequence.table for piece in pieces]
+        # No longer than needed: torch's sums depend on a table's length, so deterministic ones must not know of blocks
+        # that a longer piece has already been given.
+        lengths = -(-(starts + counts) // BLOCK_TOKENS)
+        tables = [piece.sequence.table[:length] for piece, length in zip(pieces, lengths, strict=True)]
         padded = np.zeros((len(pieces), max(map(len, tables))), np.int32)
         for number, table in enumerate(tables):
             padded[number, : len(table)] = table

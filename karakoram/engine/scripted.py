@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from karakoram.engine.request import EngineStopped, Listener, News, QueueFull, Request, TokenLogprob
+from karakoram.errors import InputError
 
 Script = Callable[[Request], Iterable[int]]
 
@@ -39,6 +40,8 @@ class ScriptedEngine:
                 raise EngineStopped("The engine has been closed.", "Start the server again.")
             if len(self._running) >= self.most:
                 raise QueueFull(f"{self.most} requests are waiting already.", "Try again in a second.")
+            if request.id in self._running:
+                raise InputError(f"A request {request.id!r} is running already.", "Give each its own id.")
             self.requests.append(request)
             self._running[request.id] = running = _Running(request, listener, threading.Event())
         threading.Thread(target=self._play, args=(running,), daemon=True).start()

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from karakoram.kernels.cpu.library import describe, describe_packed
+from karakoram.errors import InputError
+from karakoram.kernels.cpu.library import PANELS, describe, describe_packed
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
 Triple = tuple[PackedMatrix, PackedMatrix, PackedMatrix]  # gate, up, down
 _TENSOR_BYTES = 80  # k2_tensor
 _NONE = bytes(_TENSOR_BYTES)
-_NUMBERS = struct.Struct("=Q5qi4f4x")  # k2_layer behind its tensors
+_NUMBERS = struct.Struct("=Q5qi4fi")  # k2_layer behind its tensors
 
 
 class Attention(NamedTuple):
@@ -101,6 +102,8 @@ def _records(feed: Triple | Mixture | None) -> "ctypes.Array[ctypes.c_void_p]":
 def _layer(layer: DecoderLayer, records: int) -> bytes:
     a, feed = layer.attention, layer.feed
     mixture = feed if isinstance(feed, Mixture) else None
+    if mixture is not None:
+        _check_experts(mixture, a.o.outputs)
     triple = feed.shared if isinstance(feed, Mixture) else feed
     tensors = (
         layer.input_norm, a.q_a, a.q_a_norm, a.q, a.kv_a, a.kv_a_norm, a.keys, a.kv_b, a.o, layer.post_norm,
@@ -112,7 +115,19 @@ def _layer(layer: DecoderLayer, records: int) -> bytes:
         if mixture
         else (0, 0, 0, 0, 0, 0.0)
     )  # fmt: skip
-    return b"".join(map(_tensor, tensors)) + _NUMBERS.pack(records, a.heads, *numbers, a.scale, layer.eps, a.eps)
+    floats_and_kind = a.scale, layer.eps, a.eps, PANELS[mixture.experts.kind] if mixture else 0
+    return b"".join(map(_tensor, tensors)) + _NUMBERS.pack(records, a.heads, *numbers, *floats_and_kind)
+
+
+def _check_experts(mixture: Mixture, hidden: int) -> None:
+    """What the library, which sees addresses, cannot."""
+    experts, router = mixture.experts, mixture.router
+    if experts.hidden != hidden or experts.experts != router.outputs:
+        raise InputError(
+            f"{experts.experts} experts of {experts.hidden} inputs do not fit a router of {router.outputs} and a layer "
+            f"of {hidden}.",
+            "Take this layer's experts.",
+        )
 
 
 def _tensor(given: Tensor | PackedMatrix | None) -> bytes:

@@ -3,7 +3,7 @@
     linear      x · Wᵀ for a packed matrix              int4, bf16, fp8
     linear_by_head  the same, each head by its own rows  absorbed queries and values
     mlp         SwiGLU with packed matrices              shared experts, dense layers
-    moe_int4    the routed experts of a layer            int4
+    moe         the routed experts of a layer            int4, bf16, fp8
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
     rms_norm, latent_append, route                       what lies between, one call each
     decode_layers, decode_attention                      all of the above for whole layers, in one call
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from karakoram.errors import FormatError, InputError
 from karakoram.kernels import packed, reference
-from karakoram.kernels.cpu.library import Library, describe, describe_packed, library
+from karakoram.kernels.cpu.library import PANELS, Library, describe, describe_packed, library
 from karakoram.kernels.layer import Stack
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 
@@ -221,7 +221,7 @@ def _shared(shared: Iterable[PackedMatrix] | None) -> bytes | None:
     return b"".join(parts)
 
 
-def moe_int4(
+def moe(
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
@@ -234,18 +234,33 @@ def moe_int4(
     ids int64 or int32 [T, K], weights float32 [T, K]. The sum runs over k in order, whatever order experts ran in.
     """
     if (lib := chosen(implementation)) is None:
-        return reference.moe_int4(x_TD, ids_TK, weights_TK, experts, shared)
+        return reference.moe(x_TD, ids_TK, weights_TK, experts, shared)
     if x_TD.ndim != 2 or x_TD.shape[1] != experts.hidden:
         raise InputError(
             f"x is {list(x_TD.shape)}, the experts have {experts.hidden} inputs.", "Take this layer's experts."
         )
     y_TD = torch.empty_like(x_TD)
     lib.call(
-        "k2_moe_int4", describe(x_TD), describe(ids_TK), describe(weights_TK),
+        "k2_moe_at_once", describe(x_TD), describe(ids_TK), describe(weights_TK),
         (ctypes.c_void_p * experts.experts)(*experts.addresses),
-        ctypes.c_int64(experts.experts), ctypes.c_int64(experts.intermediate), _shared(shared), describe(y_TD),
+        ctypes.c_int64(experts.experts), ctypes.c_int64(experts.intermediate), ctypes.c_int32(PANELS[experts.kind]),
+        _shared(shared), describe(y_TD),
     )  # fmt: skip
     return y_TD
+
+
+def moe_int4(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: PackedExperts,
+    shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """`moe` with int4 experts. Raises InputError for others."""
+    if experts.kind != "int4":
+        raise InputError(f"These experts are {experts.kind}.", "Call `moe`.")
+    return moe(x_TD, ids_TK, weights_TK, experts, shared, implementation)
 
 
 class MoeInt4:
@@ -261,7 +276,7 @@ class MoeInt4:
         self._handle = ctypes.c_void_p()
         lib.call(
             "k2_moe_begin", describe(x_TD), describe(ids_TK), describe(weights_TK), ctypes.c_int64(experts),
-            ctypes.c_int64(intermediate), ctypes.byref(self._handle),
+            ctypes.c_int64(intermediate), ctypes.c_int32(PANELS["int4"]), ctypes.byref(self._handle),
         )  # fmt: skip
         self._record_bytes = packed.record_bytes(x_TD.shape[1], intermediate)
 
@@ -387,6 +402,8 @@ def decode_layers(
     implementation: str | None = None,
 ) -> Tensor:
     """Tokens that attend absorbed through whole layers: bf16 [n, D] -> bf16 [n, D]; see `reference.decode_layers`."""
+    if not stack.whole:
+        raise InputError("The experts of a layer are not part of it.", "Use decode_attention, and feed it yourself.")
     if (lib := chosen(implementation)) is None:
         return reference.decode_layers(stack, x_nD, cos_nP, sin_nP, lengths_n, cache, blocks_nM)
     y_nD = x_nD.clone(memory_format=torch.contiguous_format)

@@ -82,9 +82,10 @@ class PackedExperts:
     records: Tensor
     hidden: int
     intermediate: int
+    kind: Kind = "int4"
 
     def __post_init__(self) -> None:
-        size = record_bytes(self.hidden, self.intermediate)
+        size = record_bytes(self.hidden, self.intermediate, self.kind)
         if self.records.dtype != torch.uint8 or self.records.ndim != 2 or self.records.shape[1] != size:
             raise FormatError(
                 f"{self.records.dtype} {list(self.records.shape)} are no records of experts "
@@ -107,24 +108,29 @@ class PackedExperts:
 
     def parts(self, expert: int) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix]:
         """Views of one expert's gate, up and down."""
-        wide = packed_bytes("int4", self.intermediate, self.hidden)
         record, d, i = self.records[expert], self.hidden, self.intermediate
+        wide, narrow = packed_bytes(self.kind, i, d), packed_bytes(self.kind, d, i)
+        up, down = _aligned(wide), 2 * _aligned(wide)
         return (
-            PackedMatrix(record[:wide], "int4", i, d),
-            PackedMatrix(record[wide : 2 * wide], "int4", i, d),
-            PackedMatrix(record[2 * wide :], "int4", d, i),
+            PackedMatrix(record[:wide], self.kind, i, d),
+            PackedMatrix(record[up : up + wide], self.kind, i, d),
+            PackedMatrix(record[down : down + narrow], self.kind, d, i),
         )
 
 
-def record_bytes(hidden: int, intermediate: int) -> int:
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64  # only the scales of fp8 leave a rest
+
+
+def record_bytes(hidden: int, intermediate: int, kind: Kind = "int4") -> int:
     """Bytes of one expert's record."""
-    return 2 * packed_bytes("int4", intermediate, hidden) + packed_bytes("int4", hidden, intermediate)
+    return 2 * _aligned(packed_bytes(kind, intermediate, hidden)) + _aligned(packed_bytes(kind, hidden, intermediate))
 
 
-def empty_experts(experts: int, hidden: int, intermediate: int) -> PackedExperts:
+def empty_experts(experts: int, hidden: int, intermediate: int, kind: Kind = "int4") -> PackedExperts:
     """Room for a layer's experts, to be filled part by part."""
-    records = torch.empty(experts, record_bytes(hidden, intermediate), dtype=torch.uint8)
-    return PackedExperts(records, hidden, intermediate)
+    records = torch.empty(experts, record_bytes(hidden, intermediate, kind), dtype=torch.uint8)
+    return PackedExperts(records, hidden, intermediate, kind)
 
 
 # ------------------------------------------------------------------------------------------------ plain twins
@@ -179,8 +185,10 @@ def _unpack_pairs(data: Tensor, outputs: int, inputs: int) -> Tensor:
 def write_experts(path: Path, layers: Sequence[PackedExperts]) -> None:
     """Layers of equal shape into one file: a page of JSON, then record after record, each on a page of its own."""
     first = layers[0]
+    if first.kind != "int4":
+        raise FormatError(f"Experts in {first.kind} are written to no file.", "Write those of an int4 checkpoint.")
     for layer in layers:
-        if (layer.records.shape, layer.hidden) != (first.records.shape, first.hidden):
+        if (layer.records.shape, layer.hidden, layer.kind) != (first.records.shape, first.hidden, first.kind):
             raise FormatError("Layers differ in their number or size of experts.", "Write those of equal shape.")
     header = {
         "layout_version": LAYOUT_VERSION, "layers": len(layers), "experts": first.experts,

@@ -34,7 +34,7 @@ def _mlp_float(x_TD: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedM
     return h @ down.dense().float().T
 
 
-def moe_int4(
+def moe(
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
@@ -52,6 +52,17 @@ def moe_int4(
     if shared is not None:
         out_TD += _mlp_float(x_TD, *shared)
     return out_TD.to(x_TD.dtype)
+
+
+def moe_int4(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: PackedExperts,
+    shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
+) -> Tensor:
+    """`moe` with int4 experts."""
+    return moe(x_TD, ids_TK, weights_TK, experts, shared)
 
 
 def mla_decode(
@@ -193,4 +204,4 @@ def _feed(layer: DecoderLayer, normed_nD: Tensor) -> Tensor:
         return mlp(normed_nD, *m)
     logits = linear(normed_nD, m.router, torch.float32)
     ids, weights = route(logits, m.bias, m.chosen, m.groups, m.best_groups, m.normalise, m.scale)
-    return moe_int4(normed_nD, ids, weights, m.experts, m.shared)
+    return moe(normed_nD, ids, weights, m.experts, m.shared)

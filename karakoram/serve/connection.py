@@ -6,13 +6,14 @@ a timer for each wait would cost more than the chunk that ends it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from karakoram.serve.refusal import Refusal
-from karakoram.serve.stream import Bell, Exchange
+from karakoram.serve.stream import MOST_TAKEN, Bell, Exchange
 from karakoram.serve.surface import Events
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -84,50 +85,66 @@ async def send_stream(exchange: Exchange, events: Events, line: Line, headers: l
     """Answer with a stream of events until the answers end or `exchange.gone`."""
     try:
         await line.open(headers)
-        started = False
-        while not exchange.gone:
+        encoder = Encoder(exchange, events)
+        while not (encoder.ended or exchange.gone):
             await exchange.bell.wait()
-            if exchange.gone:
-                return
-            over = exchange.over
-            if exchange.pending or over:
-                body, started = encode(exchange, events, started, over)
-            else:
-                body = events.ping() if line.quiet else b""
-            if body or over:
-                await line.write(body, last=over)
-            if over:
-                return
+            body = await encoder.next()
+            if not body and not encoder.ended and line.quiet:
+                body = events.ping()
+            if (body or encoder.ended) and not exchange.gone:
+                exchange.writing = True
+                await line.write(body, last=encoder.ended)
+                exchange.writing = False
     finally:
         line.close()
 
 
-def encode(exchange: Exchange, events: Events, started: bool, over: bool) -> tuple[bytes, bool]:
-    """What has come, as events, with the end where it is `over`; and whether the stream has now started."""
-    parts: list[bytes] = []
-    try:
+class Encoder:
+    """One exchange as events. `ended` after the last ones."""
+
+    def __init__(self, exchange: Exchange, events: Events) -> None:
+        self.ended = False
+        self._exchange, self._events = exchange, events
+        self._started = False
+
+    async def next(self) -> bytes:
+        """What has come since the last time, b"" for nothing. Lets others run first where much has come."""
+        exchange = self._exchange
+        if len(exchange.pending) > MOST_TAKEN:
+            await asyncio.sleep(0)
+        if not exchange.pending and not exchange.over:
+            return b""
+        parts: list[bytes] = []
+        try:
+            self._encode(parts)
+        except Exception:  # a bug in parsing or encoding one answer must not take the others' server down
+            log.exception("An answer could not be encoded")
+            exchange.pending = []
+            exchange.refusal = Refusal(503, "The answer could not be encoded; the log says why.", code="internal")
+        if exchange.over:
+            self.ended = True
+            refusal = exchange.refusal
+            parts.append(self._events.finish(exchange.answers) if refusal is None else self._events.fail(refusal))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _encode(self, parts: list[bytes]) -> None:
+        exchange, events = self._exchange, self._events
         taken = exchange.take()
-        if not started and (taken or over):
+        if not self._started:
+            self._started = True
             parts.append(events.start(exchange.answers))
-            started = True
         for answer, deltas in taken:
             if deltas or answer.finish_reason is not None:
                 parts.append(events.deltas(answer, deltas))
-    except Exception:  # a bug in parsing or encoding one answer must not take the others' server down
-        log.exception("An answer could not be encoded")
-        exchange.refusal = Refusal(503, "The answer could not be encoded; the log says why.", code="internal")
-    if over:
-        refusal = exchange.refusal
-        parts.append(events.finish(exchange.answers) if refusal is None else events.fail(refusal))
-    return (parts[0] if len(parts) == 1 else b"".join(parts)), started
 
 
 async def gather(exchange: Exchange) -> None:
     """Feed the answers until all have ended. Raises the `Refusal` where they will not."""
     while not exchange.gone:
         exchange.take()
-        if exchange.over and not exchange.pending:
+        if exchange.over:
             break
+        await asyncio.sleep(0)
         await exchange.bell.wait()
     if exchange.refusal is not None:
         raise exchange.refusal

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import deque
 
-from karakoram.serve.connection import Line, Pulse, Receive, Send, encode, left
+from karakoram.serve.connection import Encoder, Line, Pulse, Receive, Send, left
 from karakoram.serve.refusal import Refusal
 from karakoram.serve.service import Limits
 from karakoram.serve.stream import Bell, Exchange, NewsDesk
@@ -130,16 +130,11 @@ class Shelf:
 
 
 async def _record(exchange: Exchange, events: Events, recording: Recording) -> None:
-    started = False
+    encoder = Encoder(exchange, events)
     try:
-        while not exchange.gone:
+        while not (encoder.ended or exchange.gone):
             await exchange.bell.wait()
-            over = exchange.over
-            if not exchange.gone and (exchange.pending or over):
-                body, started = encode(exchange, events, started, over)
-                recording.add(body)
-            if over:
-                break
+            recording.add(await encoder.next())
     finally:
         recording.finish()
 

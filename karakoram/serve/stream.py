@@ -7,10 +7,11 @@
 
 One listener serves all requests: however many sequences a step has, the loop is woken once. Steps that follow one
 another within `GATHER_S` do not wake it at all: the loop looks for them in that rhythm until they become rarer. (nano
-has a step every 0.4 ms; waking another thread costs the engine 15 to 80 µs and the interpreter lock.) The desk hands each piece
-of news to its exchange and rings the exchange's bell; the consumer (a stream, a whole answer, a recording) takes what
-has gathered. While a consumer writes, news gathers and becomes one chunk: under load chunks grow and their number does
-not. A consumer whose reader has stopped reading is cut off after `Limits.pending_tokens`.
+has a step every 0.4 ms; waking another thread costs the engine 15 to 80 µs and the interpreter lock.)
+
+The desk hands each piece of news to its exchange and rings the exchange's bell; the consumer (a stream, a whole answer,
+a recording) takes what has gathered. While a consumer writes, news gathers and becomes one chunk: under load chunks
+grow and their number does not. A consumer whose reader has stopped reading is cut off after `Limits.pending_tokens`.
 
 Everything but `NewsDesk.listener` runs in the event loop, so nothing here needs a lock.
 """
@@ -33,6 +34,7 @@ from karakoram.serve.surface import Call
 from karakoram.session.chat import Answer
 from karakoram.session.parts import Delta
 
+MOST_TAKEN = 512  # at once: others wait meanwhile, 3 µs for each token and up to 20 with log-probabilities
 GATHER_S = 0.002  # nobody reads 500 events a second; the first token after a pause is sent at once
 
 _CLOCK = time.perf_counter
@@ -81,14 +83,15 @@ class Exchange:
     """One HTTP request's answers while the engine writes them, and what has come and was not yet taken.
 
     `bell` rings when there is something to take, when the answers have ended, when `refusal` says why they will not
-    (nothing is brought from then on), and when `gone` says that nobody waits for them.
+    (nothing is brought from then on), and when `gone` says that nobody waits for them. `writing`: the consumer waits
+    for a reader to take what was sent.
     """
 
     def __init__(self, call: Call, answers: Sequence[Answer], arrived: float, at_least: int = 1) -> None:
         self.call, self.answers, self.arrived = call, answers, arrived
         self.bell = Bell()
         self.refusal: Refusal | None = None
-        self.gone = False
+        self.gone = self.writing = False
         self.unfinished = len(answers)
         self.pending: list[tuple[Answer, News]] = []
         self.pending_tokens = 0
@@ -104,36 +107,43 @@ class Exchange:
             self.bell.ring()
 
     def take(self) -> list[tuple[Answer, list[Delta]]]:
-        """Feed the answers with what has come; the deltas, in order."""
-        taken, self.pending, self.pending_tokens = self.pending, [], 0
+        """Feed the answers with what has come, or the first `MOST_TAKEN` pieces of it; the deltas, in order."""
+        taken = self.pending
+        if len(taken) > MOST_TAKEN:
+            taken, self.pending = taken[:MOST_TAKEN], taken[MOST_TAKEN:]
+            self.pending_tokens -= sum(len(news.tokens) for _, news in taken)
+            self.bell.ring()
+        else:
+            self.pending, self.pending_tokens = [], 0
         if len(taken) > 1:
             taken = _joined(taken)
         return [(answer, merged(answer.feed(news))) for answer, news in taken]
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come than what is pending."""
-        return not self.unfinished or self.refusal is not None
+        """Whether everything has been taken and nothing more will come."""
+        return not self.pending and (not self.unfinished or self.refusal is not None)
 
 
 def _joined(taken: list[tuple[Answer, News]]) -> list[tuple[Answer, News]]:
     """Each answer's news as one."""
-    whole: dict[int, tuple[Answer, News]] = {}
+    pieces: dict[int, tuple[Answer, list[News]]] = {}
     for answer, news in taken:
-        first = whole.get(answer.index)
-        if first is not None:
-            before = first[1]
-            news = News(
-                news.id,
-                before.tokens + news.tokens,
-                news.finish,
-                before.logprobs + news.logprobs,
-                before.prompt_logprobs or news.prompt_logprobs,
-                before.cached_tokens or news.cached_tokens,
-                news.error,
-            )
-        whole[answer.index] = (answer, news)
-    return list(whole.values())
+        pieces.setdefault(answer.index, (answer, []))[1].append(news)
+    return [(answer, one[0] if len(one) == 1 else _whole(one)) for answer, one in pieces.values()]
+
+
+def _whole(pieces: list[News]) -> News:
+    first, last = pieces[0], pieces[-1]
+    return News(
+        first.id,
+        tuple(token for news in pieces for token in news.tokens),
+        last.finish,
+        tuple(item for news in pieces for item in news.logprobs),
+        first.prompt_logprobs,
+        first.cached_tokens,
+        last.error,
+    )
 
 
 def merged(deltas: list[Delta]) -> list[Delta]:
@@ -259,7 +269,7 @@ class NewsDesk:
                 exchange = run.exchange
                 if exchange.refusal is None and not exchange.gone:
                     exchange.bring(run.answer, news)
-                    if exchange.pending_tokens > self._most_pending:
+                    if exchange.writing and exchange.pending_tokens > self._most_pending:
                         self._overrun(exchange)
         if fast:
             self._loop.call_later(GATHER_S, self._dispatch)

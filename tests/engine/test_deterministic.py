@@ -9,9 +9,11 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import torch
 
 from karakoram.engine.engine import Engine
 from karakoram.engine.request import Request, Sampling
+from karakoram.kernels import ops
 from karakoram.model.transformer import Transformer
 from tests.engine import models
 from tests.engine.heard import Result, Watched, all_blocks_back, gathered, greedy, repetitive, run, seeded
@@ -40,12 +42,12 @@ def others(model: Transformer, count: int, seed: int = 0) -> list[Request]:
     """Neighbours of all kinds: long and short, greedy and drawn, with penalties, with log-probabilities."""
     draw, vocabulary, made = Random(seed), min(model.config.vocab_size, 3900), list[Request]()
     for number in range(count):
-        ids = models.prompt(draw.randint(1, 90), 100 + number, vocabulary)
+        ids = models.prompt(draw.randint(1, 40), 100 + number, vocabulary)
         how = Sampling(
             temperature=draw.choice([0.0, 1.0]), seed=number, top_k=draw.choice([0, 5]),
             repetition_penalty=draw.choice([1.0, 1.2]),
         )  # fmt: skip
-        made.append(Request(f"n{number}", ids, draw.randint(1, 40), how, logprobs=draw.choice([None, 2])))
+        made.append(Request(f"n{number}", ids, draw.randint(1, 20), how, logprobs=draw.choice([None, 2])))
     return made
 
 
@@ -71,13 +73,13 @@ def beside(engine: Engine, request: Request, neighbours: list[Request], place: i
     return result
 
 
-@pytest.mark.parametrize("count", [1, 5, 16])
+@pytest.mark.parametrize("count", [1, 16])
 def test_in_a_batch(model: Transformer, prompt: list[int], alone: Callable[..., Result], count: int) -> None:
     with engine_for(model) as engine:
         assert beside(engine, asked(prompt), others(model, count), count // 2) == alone()
 
 
-@pytest.mark.parametrize("most_batch_tokens", [1, 7, 16, 33, 64])
+@pytest.mark.parametrize("most_batch_tokens", [1, 16, 33])
 def test_with_its_prompt_in_pieces(
     model: Transformer, prompt: list[int], alone: Callable[..., Result], most_batch_tokens: int
 ) -> None:
@@ -96,7 +98,31 @@ def test_with_its_prompts_logprobs(model: Transformer, prompt: list[int], alone:
     assert replace(whole, prompt_logprobs=()) == alone()
 
 
-@pytest.mark.parametrize("known", [10, 16, 40, 74])
+@pytest.mark.parametrize("name", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "nano"])
+def test_a_long_prompt_in_pieces(name: str, request: pytest.FixtureRequest) -> None:
+    """Torch's sums over 900 tokens depend on how many there might be: on blocks that a piece has been given already."""
+    if name == "nano":
+        model = request.getfixturevalue("nano")
+    else:
+        model = models.tiny(getattr(torch, name), max_position_embeddings=1024)
+    results = []
+    for most_batch_tokens in (1000, 33):
+        with Engine(model, 1024, 1024, most_batch_tokens=most_batch_tokens, deterministic=True) as engine:
+            results.append(run(engine, asked(models.prompt(900, 11), max_new_tokens=8)))
+    assert results[0] == results[1]
+
+
+def test_on_kernels_with_a_matrix_unit(tiny_packed: Transformer) -> None:
+    """AMX (emulated) sums in another order than the instructions for few rows: the mode does without it."""
+    prompt = models.prompt(75, 11)
+    with ops.using("amx_emulated"):
+        with engine_for(tiny_packed) as engine:
+            whole = run(engine, asked(prompt))
+        with engine_for(tiny_packed, most_batch_tokens=33) as engine:
+            assert beside(engine, asked(prompt), others(tiny_packed, 16), 8) == whole
+
+
+@pytest.mark.parametrize("known", [10, 16, 74])
 def test_resumed_from_a_prefix(model: Transformer, prompt: list[int], alone: Callable[..., Result], known: int) -> None:
     with engine_for(model) as engine:
         run(engine, greedy("before", prompt[:known] + [5, 6, 7], 3))
@@ -143,7 +169,7 @@ def test_with_and_without_guesses(model: Transformer, prompt: list[int], neighbo
     with engine_for(model, speculate=True) as engine:
         engine.scheduler.costs.extra = lambda tokens: 0.0  # type: ignore[method-assign]
         watched = Watched(engine)
-        more = [repetitive(f"r{i}", prompt[i:], 30 + i, i) for i in range(neighbours)]
+        more = [repetitive(f"r{i}", prompt[10 * i :], 20 + i, i) for i in range(neighbours)]
         heard = gathered(watched, [request, *more])
         assert heard.end("asked") == plain
         assert sum(piece.guesses for seen in watched.passes for piece in seen if piece.id == "asked") > 10

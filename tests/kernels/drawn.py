@@ -41,12 +41,12 @@ def feed_forward(kind: Kind, hidden: int, width: int, last: Kind | None = None) 
     return matrix(kind, width, hidden), matrix(kind, width, hidden), matrix(last or kind, hidden, width)
 
 
-def experts(count: int, hidden: int, intermediate: int) -> PackedExperts:
+def experts(count: int, hidden: int, intermediate: int, kind: Kind = "int4") -> PackedExperts:
     """The routed experts of a layer."""
-    room = empty_experts(count, hidden, intermediate)
+    room = empty_experts(count, hidden, intermediate, kind)
     for e in range(count):
         for part in room.parts(e):
-            ops.pack_int4(*int4_parts(part.outputs, part.inputs), out=part.data)
+            part.data.copy_(matrix(kind, part.outputs, part.inputs).data)
     return room
 
 

@@ -12,7 +12,9 @@ import torch
 from karakoram.errors import KarakoramError
 from karakoram.kernels import ops, packed, reference
 from karakoram.kernels.cpu.library import Library, describe, describe_packed
+from karakoram.kernels.layer import DecoderLayer, Stack
 from tests.kernels import drawn
+from tests.kernels.drawn_layer import SHAPES, Pass, clearly_routed, drawn_layer, drawn_pass
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -63,6 +65,9 @@ def mixtures() -> None:
         for e in range(count):
             step.experts([e], [experts.records[e]])
         near(step.finish(shared), expected)
+        for kind in ("bf16", "fp8"):
+            others = drawn.experts(count, hidden, intermediate + 3, kind)
+            near(ops.moe(x, ids, weights, others), reference.moe(x, ids, weights, others))
         del ids
         ops.MoeInt4(x, torch.zeros_like(weights, dtype=torch.int64), weights, count, intermediate)  # dropped
 
@@ -84,6 +89,22 @@ def attention() -> None:
         near(ops.mla_decode(q, cache, length, latent, 0.2), expected)
         pool, blocks = drawn.in_blocks(cache, 7)
         near(ops.mla_decode(q, pool, length, latent, 0.2, blocks), expected)
+
+
+def layers() -> None:
+    for shape in SHAPES.values():
+        layer = clearly_routed(drawn_layer(shape))
+        for tokens in (1, 9, 26):
+            ours = drawn_pass(shape, tokens, 2, size=7)
+            theirs = ours.copy()
+            found = ops.decode_layers(Stack((layer, layer)), *ours)
+            near(found, ops.decode_layers(Stack((layer, layer)), *theirs, implementation="reference"))
+        one = drawn_pass(shape, 3, 1)
+        near(ops.decode_attention(Stack((layer._replace(feed=None),)), *one)[0], attended(layer, one))
+
+
+def attended(layer: DecoderLayer, p: Pass) -> torch.Tensor:
+    return ops.decode_attention(Stack((layer,)), *p.copy(), implementation="reference")[0]
 
 
 def norms() -> None:
@@ -116,6 +137,7 @@ def main() -> None:
             matrices()
             mixtures()
             attention()
+            layers()
             norms()
             refusals()
     print("all done on", *lib.isas())

@@ -75,7 +75,7 @@ def moe_arguments() -> tuple[list[object], Tensor]:
     experts, (ids, weights) = drawn.experts(3, 64, 32), drawn.routing(4, 3, 2)
     records = (ctypes.c_void_p * 3)(*experts.addresses)
     kept = [bf16(4, 64), ids, weights, bf16(4, 64), experts.records]
-    calls = [describe(kept[0]), describe(ids), describe(weights), records, 3, 32, None, describe(kept[3])]
+    calls = [describe(kept[0]), describe(ids), describe(weights), records, 3, 32, 16, None, describe(kept[3])]
     return calls, kept  # type: ignore[return-value]
 
 
@@ -101,7 +101,7 @@ def calls() -> dict[str, tuple[list[object], object]]:
         "k2_linear_by_head": [d(tall), packed(heads), 16, d(out_tall)],
         "k2_mlp": [d(x), *map(packed, parts), d(out_x)],
         "k2_rms_norm": [d(x), d(weight_1), 1e-6, d(out_x)],
-        "k2_moe_int4": moe,
+        "k2_moe_at_once": moe,
         "k2_mla_decode": [d(q), d(cache), None, d(lengths), 32, 0.1, d(mixed)],
         "k2_mla_decode in blocks": [d(q), d(pool), d(blocks), d(lengths), 32, 0.1, d(mixed)],
         "k2_latent_append": [
@@ -118,7 +118,7 @@ def calls() -> dict[str, tuple[list[object], object]]:
 
 
 NAMES = [
-    "k2_linear", "k2_linear_by_head", "k2_mlp", "k2_rms_norm", "k2_moe_int4", "k2_mla_decode",
+    "k2_linear", "k2_linear_by_head", "k2_mlp", "k2_rms_norm", "k2_moe_at_once", "k2_mla_decode",
     "k2_mla_decode in blocks", "k2_latent_append", "k2_route", "k2_pack_int4", "k2_unpack_int4", "k2_pack_bf16",
     "k2_pack_fp8",
 ]  # fmt: skip
@@ -158,29 +158,29 @@ def test_so_many_rows_that_fit_each_other(lib: Library, rows: int) -> None:
     assert lib.c.k2_linear_by_head(
         with_sizes(by_head[0], (rows, 2, 64), (0, 64, 1)), *by_head[1:3], with_sizes(by_head[3], (rows, 2, 16))
     )
-    for place, columns in ((0, 64), (1, 2), (2, 2), (7, 64)):
+    for place, columns in ((0, 64), (1, 2), (2, 2), (8, 64)):
         moe[place] = with_sizes(moe[place], (rows, columns))  # type: ignore[arg-type]
-    assert status(lib, "k2_moe_int4", moe), kept
+    assert status(lib, "k2_moe_at_once", moe), kept
 
 
 def test_experts_beyond_all_memory(lib: Library) -> None:
     moe, kept = moe_arguments()
     for experts in (1 << 44, 1 << 58, 1 << 62):  # the first would be 128 TB of counters
         moe[4] = experts
-        assert status(lib, "k2_moe_int4", moe) in (2, K2_NO_MEMORY), kept
+        assert status(lib, "k2_moe_at_once", moe) in (2, K2_NO_MEMORY), kept
     moe[4] = 3
     for width in (1 << 44, 1 << 60, (1 << 63) - 1):
         moe[5] = width
-        assert status(lib, "k2_moe_int4", moe)
+        assert status(lib, "k2_moe_at_once", moe)
     handle = ctypes.c_void_p()
-    assert lib.c.k2_moe_begin(*moe[:3], numbers(1 << 44), numbers(32), ctypes.byref(handle)) == K2_NO_MEMORY
+    assert lib.c.k2_moe_begin(*moe[:3], numbers(1 << 44), numbers(32), 16, ctypes.byref(handle)) == K2_NO_MEMORY
     assert not handle
 
 
 def test_steps_with_nonsense(lib: Library) -> None:
     moe, kept = moe_arguments()
     handle = ctypes.c_void_p()
-    assert not lib.c.k2_moe_begin(*moe[:3], numbers(3), numbers(32), ctypes.byref(handle))
+    assert not lib.c.k2_moe_begin(*moe[:3], numbers(3), numbers(32), 16, ctypes.byref(handle))
     ids, records = (ctypes.c_int64 * 1)(0), moe[3]
     for count, numbers_of, places in ((-1, ids, records), (1, None, records), (1, ids, None)):
         assert lib.c.k2_moe_experts(handle, numbers_of, places, numbers(count)), kept

@@ -285,6 +285,10 @@ def test_routing() -> None:
             ("token 2 chooses expert 3 of 3", moe(ids=with_id(3))),
             ("token 2 chooses expert -1 of 3", moe(ids=with_id(-1))),
             ("token 2 chooses expert 2147483647 of 3", moe(ids=with_id(2**31 - 1, torch.int32))),
+            (
+                "These experts are bf16",
+                lambda: ops.moe_int4(bf16(4, 64), ids, weights, drawn.experts(3, 64, 32, "bf16")),
+            ),
             ("no hidden size, no expert or no slot", lambda: MoeInt4(x, ids, weights, 0, 32)),
             ("experts of width 0", lambda: MoeInt4(x, ids, weights, 3, 0)),
         ]
@@ -335,6 +339,7 @@ def test_finishing_into_the_wrong_place(lib: Library) -> None:
         handle = ctypes.c_void_p()
         lib.call(
             "k2_moe_begin", described(x), described(ids), described(weights), ctypes.c_int64(3), ctypes.c_int64(32),
+            ctypes.c_int32(16),
             ctypes.byref(handle),
         )  # fmt: skip
         return lambda: lib.call("k2_moe_finish", handle, None, y)

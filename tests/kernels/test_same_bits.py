@@ -195,6 +195,12 @@ def test_experts_whatever_the_number_of_tokens(isa: str, deterministic: None, sh
     rows_are_alone(lambda rows: ops.moe_int4(x[rows], ids[rows], weights[rows], experts, beside))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_other_experts_whatever_the_number_of_tokens(isa: str, deterministic: None, kind: Kind) -> None:
+    experts, x, (ids, weights) = drawn.experts(5, 608, 96, kind), drawn.rows(MANY, 608), drawn.routing(MANY, 5, 3)
+    rows_are_alone(lambda rows: ops.moe(x[rows], ids[rows], weights[rows], experts))
+
+
 @pytest.mark.parametrize(("heads", "latent", "rope"), [(1, 64, 32), (3, 48, 24), (17, 64, 32), (64, 128, 16)])
 def test_attention_whatever_the_number_of_queries(
     isa: str, deterministic: None, heads: int, latent: int, rope: int

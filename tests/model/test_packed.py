@@ -14,25 +14,33 @@ from karakoram.env import bundled_model_dir
 from karakoram.kernels import ops
 from karakoram.model.initialize import initialize
 from karakoram.model.load import load_model
-from karakoram.model.packed.modules import Int4Experts, PackedAttention
+from karakoram.model.packed.modules import PackedAttention, PackedBank
 from karakoram.model.transformer import Transformer
+from karakoram.quantize.convert import convert
 from karakoram.train.masters import Masters
 from karakoram.train.resume import save_model
 
 pytestmark = pytest.mark.skipif(ops.chosen() is None, reason="the CPU kernels are not there (no compiler)")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nano's shape with random weights, experts in int4: written as `k2 train` writes it."""
-    path = tmp_path_factory.mktemp("packed") / "model"
-    config = ModelConfig.preset("nano")
+@pytest.fixture(scope="module", params=["int4", "bf16", "fp8"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano's shape with random weights: experts in int4, written as `k2 train` writes it; or all bf16; or fp8."""
+    folder, config = tmp_path_factory.mktemp("packed"), ModelConfig.preset("nano")
     model = initialize(Transformer(config, dtype=torch.bfloat16), 3)
-    masters = Masters(model)
-    masters.int4_experts = True
-    masters.publish()
-    save_model(model, config, path, {}, int4=True)
-    return path
+    if request.param == "int4":
+        masters = Masters(model)
+        masters.int4_experts = True
+        masters.publish()
+    if request.param == "fp8":
+        with torch.no_grad():
+            for weight in model.parameters():  # to numbers that fp8 holds exactly, with scales of powers of two
+                weight.copy_((weight * 2**12).to(torch.float8_e4m3fn).to(torch.bfloat16) / 2**12)
+    save_model(model, config, folder / "model", {}, int4=request.param == "int4")
+    if request.param != "fp8":
+        return folder / "model"
+    convert(folder / "model", folder / "fp8", "fp8")
+    return folder / "fp8"
 
 
 def prompt(rows: int, count: int) -> Tensor:
@@ -43,12 +51,12 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_an_int4_checkpoint_is_kept_as_it_is(checkpoint: Path) -> None:
+def test_a_checkpoint_is_kept_as_it_is(checkpoint: Path) -> None:
     model = load_model(checkpoint)
     layer = model.model.layers[1]
-    assert isinstance(layer.mlp.experts, Int4Experts) and isinstance(layer.self_attn, PackedAttention)
+    assert isinstance(layer.mlp.experts, PackedBank) and isinstance(layer.self_attn, PackedAttention)
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    held = sum(m.packed.records.numel() for m in model.modules() if isinstance(m, Int4Experts))
+    held = sum(m.packed.records.numel() for m in model.modules() if isinstance(m, PackedBank))
     assert held < stored
     assert not isinstance(load_model(checkpoint, dense=True).model.layers[1].self_attn, PackedAttention)
     assert not isinstance(load_model(checkpoint, dtype="float32").model.layers[1].self_attn, PackedAttention)

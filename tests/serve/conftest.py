@@ -167,7 +167,7 @@ def running(
     opened = Opened(engine, ChatSession(engine, fmt), fmt)
     if loaded:
         service.ready(opened)
-    bound = bind("127.0.0.1", 0)
+    bound = bind("127.0.0.1", 0, service.limits.stalled_s)
     server = Server(create_app(service))
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()

@@ -109,13 +109,34 @@ def test_a_reader_that_stops_reading(serve: Callable[..., Running], words: Words
         assert b"slow_reader" in end
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's TCP_USER_TIMEOUT closes them")
+def test_a_reader_that_never_reads_again_is_let_go(serve: Callable[..., Running], words: Words) -> None:
+    def script(_: Request) -> Iterator[int]:
+        pause = threading.Event()
+        for number in itertools.count():
+            if number % 20 == 0:
+                pause.wait(0.001)
+            yield words.ids(" on")[0]
+
+    server = serve(script, limits=Limits(stalled_s=0.5), context=10**9)
+    floor: Any = server.server._app.state.floor
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.sendall(request_bytes(logprobs=True))  # for much to send
+        assert until(lambda: bool(server.engine.requests))
+        assert server.idle()
+        assert until(lambda: not floor.pulse._lines)
+
+
 def test_steps_in_quick_succession_are_gathered_and_none_is_left_behind(
     serve: Callable[..., Running], words: Words
 ) -> None:
     gate = Gate()
 
     def script(_: Request) -> Iterator[int]:
-        for _ in range(50):
+        for _ in range(20):
             yield from words.ids("</think>", *["a b c "] * 20)
             gate.pass_()
         yield from words.ids("<|im_end|>")
@@ -130,8 +151,8 @@ def test_steps_in_quick_succession_are_gathered_and_none_is_left_behind(
                 said += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
             if len(said) == 120:
                 gate.open()  # only now: all that was said has arrived although nothing more came
-    assert said == "a b c " * 1000
-    assert chunks < 50 * len(words.ids("a b c ")) * 20
+    assert said == "a b c " * 400
+    assert chunks < 20 * len(words.ids("a b c ")) * 20
 
 
 def test_keep_alives_while_nothing_is_said(serve: Callable[..., Running], words: Words) -> None:
@@ -255,6 +276,28 @@ def test_coming_back_to_a_stream(serve: Callable[..., Running], words: Words) ->
     deltas = [json.loads(data)["choices"][0]["delta"] for data in whole.values() if data != "[DONE]"]
     assert "".join(delta.get("reasoning", "") for delta in deltas) == "one two"
     assert "".join(delta.get("content", "") for delta in deltas) == "three four"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 50}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_every_surface_can_be_come_back_to(
+    serve: Callable[..., Running], words: Words, path: str, fields: dict[str, Any]
+) -> None:
+    server = serve(words.script)
+    body = {"model": MODEL, "stream": True, **fields}
+    answer = server.http.post(path, json=body, headers={"x-resumable": "true"})
+    assert answer.status_code == 200, answer.text
+    events = events_of(answer.text)
+    assert list(events) == list(range(len(events))) and len(events) >= 2
+    name = answer.headers["x-request-id"]
+    rest = server.http.get(f"/v1/streams/{name}", headers={"last-event-id": "0"})
+    assert events_of(rest.text) == {number: data for number, data in events.items() if number}
 
 
 def test_a_second_reader_follows_live(serve: Callable[..., Running], words: Words) -> None:

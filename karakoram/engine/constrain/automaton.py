@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import count
 
-from karakoram.engine.constrain.regex import Chars, Either, Join, NothingMatches, PatternError, Regex
+from karakoram.engine.constrain.regex import Chars, Either, Join, NothingMatches, PatternError, Regex, read_search
 
 # A pattern that needs more is refused: 4,096 states take about 0.2 s and 1 MB.
 MAX_STATES = 4096
@@ -31,7 +31,7 @@ DIGITS_FIRST = bytes(dict.fromkeys(b"01aA-_. " + bytes(range(32, 127)) + bytes(r
 class Automaton:
     """Start state 0. Every state reaches a match; `DEAD` is no state. Immutable."""
 
-    __slots__ = ("accepting", "classes", "distance", "rows")
+    __slots__ = ("accepting", "classes", "distance", "open", "rows")
 
     def __init__(self, classes: bytes, rows: list[tuple[int, ...]], accepting: list[bool]) -> None:
         self.classes = classes
@@ -43,6 +43,8 @@ class Automaton:
             raise NothingMatches
         alive = [distance >= 0 for distance in self.distance]
         self.rows = [tuple(to if to >= 0 and alive[to] else DEAD for to in row) for row in rows]
+        self.open = [max(row) >= 0 for row in self.rows]
+        """Whether more bytes may follow."""
 
     def step(self, state: int, byte: int) -> int:
         """The state after one more byte, or `DEAD`."""
@@ -229,6 +231,11 @@ def _number(subset: frozenset[int], known: dict[frozenset[int], int], queue: lis
         number = known[subset] = len(known)
         queue.append(subset)
     return number
+
+
+def occurs(pattern: str, text: str) -> bool:
+    """Whether `pattern` matches somewhere in `text`, in time linear in the text. PatternError as for `automaton`."""
+    return automaton(read_search(pattern)).matches(text.encode("utf-8", "surrogatepass"))
 
 
 # ------------------------------------------------------------------------------------------------ from automata

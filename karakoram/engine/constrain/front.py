@@ -65,9 +65,9 @@ class Cell:
 
 
 class Front:
-    """All readings of one text. Immutable."""
+    """All readings of one text. Immutable; remembers what its next bytes lead to, so each text starts its own."""
 
-    __slots__ = ("_ceiling", "_cost", "_steady", "complete", "readings")
+    __slots__ = ("_ceiling", "_cost", "_next", "_steady", "complete", "readings")
 
     def __init__(self, readings: Iterable[Reading], complete: bool) -> None:
         self.readings = tuple(readings)
@@ -75,6 +75,7 @@ class Front:
         """The text so far is whole; where no reading is left, nothing may follow."""
         self._cost = self._ceiling = -1
         self._steady: bool | None = None
+        self._next: dict[int, Front | None] = {}
 
     @classmethod
     def of(cls, root: Node) -> Front:
@@ -85,7 +86,9 @@ class Front:
         """The front after more bytes; None if they do not fit."""
         front: Front | None = self
         for byte in text:
-            front = front._step(byte)
+            if byte not in front._next:
+                front._next[byte] = front._step(byte)
+            front = front._next[byte]
             if front is None:
                 return None
         return front

@@ -169,7 +169,7 @@ class Auto(Leaf):
         return self.automaton.accepting[state]
 
     def open(self, state: int) -> bool:
-        return any(to != DEAD for to in self.automaton.rows[state])
+        return self.automaton.open[state]
 
     def rest(self, state: int) -> bytes:
         return self._cheapest(state)[1]
@@ -186,19 +186,17 @@ class Auto(Leaf):
 
 
 class Run(Leaf):
-    """`low` to `high` characters, each of which the automaton `unit` spells. State: (characters read, unit's state).
+    """`low` to `high` characters, each of which the automaton `unit` spells. State: (characters read, unit's state)."""
 
-    `filler` makes long runs cheap: the plain character (of `FILLERS`) or, where that is not in the unit, its first."""
-
-    __slots__ = ("_any", "_letter", "_vocabulary", "high", "low", "unit")
+    __slots__ = ("_fillings", "high", "low", "unit")
 
     def __init__(self, vocabulary: Vocabulary, unit: Automaton, low: int, high: int | None, anything: bool) -> None:
-        """`anything`: every character is in the unit, so the cheapest filler is taken."""
+        """`anything`: every character is in the unit, so the cheapest filler is taken, else its first character."""
         self.unit, self.low, self.high = unit, low, high
-        self._vocabulary, self._any = vocabulary, anything
-        self._letter = unit.shortest(0)
-        most = max(map(self._filled, range(low + 1)))
-        self._leaf((0, 0), most + max(unit.distance), True)
+        letter = unit.shortest(0)
+        own = ((count * len(letter), letter) for count in range(low + 1))
+        self._fillings = [vocabulary.filler(count) for count in range(low + 1)] if anything else list(own)
+        self._leaf((0, 0), max(self._fillings)[0] + max(unit.distance), True)
 
     def step(self, state: tuple[int, int], byte: int) -> tuple[int, int] | None:
         read, inner = state
@@ -221,18 +219,15 @@ class Run(Leaf):
         return self.high is None and state == (self.low, 0)
 
     def rest(self, state: tuple[int, int]) -> bytes:
-        read, inner = state
-        begun = self.unit.shortest(inner) if inner else b""
-        count = max(0, self.low - read - (1 if inner else 0))
-        return begun + (self._vocabulary.filler(count)[1] if self._any else self._letter) * count
+        lack = self._lack(state)
+        return (self.unit.shortest(state[1]) if state[1] else b"") + self._fillings[lack][1] * lack
 
     def left(self, state: tuple[int, int]) -> int:
-        read, inner = state
-        begun = self.unit.distance[inner] if inner else 0
-        return begun + self._filled(max(0, self.low - read - (1 if inner else 0)))
+        return (self.unit.distance[state[1]] if state[1] else 0) + self._fillings[self._lack(state)][0]
 
-    def _filled(self, count: int) -> int:
-        return self._vocabulary.filler(count)[0] if self._any else count * len(self._letter)
+    def _lack(self, state: tuple[int, int]) -> int:
+        """Characters that must follow the one being read."""
+        return max(0, self.low - state[0] - (1 if state[1] else 0))
 
 
 class Seq(Node):

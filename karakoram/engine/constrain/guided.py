@@ -44,7 +44,7 @@ class GuidedGrammar:
     def __init__(self, vocabulary: Vocabulary, root: Node) -> None:
         """InputError if llguidance cannot take the grammar."""
         self.vocabulary = vocabulary
-        self.front = Front.of(root)
+        self.root = root
         self.plan: tuple[int, ...] = tuple(vocabulary.spell(root.text))
         """The fewest tokens of a whole text."""
         self.surprise: int = vocabulary.most_choices * root.most_jump + root.most_swing
@@ -74,7 +74,7 @@ class GuidedText:
         self._grammar = grammar
         self._vocabulary = grammar.vocabulary
         self._matcher: Any = grammar.matcher.deep_copy()
-        self._front = grammar.front
+        self._front = Front.of(grammar.root)
         self._planned: int | None = 0
         """How many tokens of the plan have been written; None once the text has left it."""
         self._waiting: list[int] = []
@@ -131,7 +131,7 @@ class GuidedText:
         if self._planned is not None and self._planned < len(plan):
             certain = plan[self._planned]
         elif not front.complete:
-            certain = vocabulary.spell(front.cheapest())[0]
+            certain = vocabulary.first(front.cheapest())
         self._mask(row)
         allowed = row.copy()
         row[:] = 0

@@ -32,7 +32,7 @@ from karakoram.engine.constrain.guided import GuidedText
 from karakoram.engine.constrain.header import HeaderText
 from karakoram.engine.constrain.shape import OutputShape
 from karakoram.engine.constrain.vocabulary import Vocabulary
-from karakoram.errors import KarakoramError
+from karakoram.errors import InputError, KarakoramError
 
 # More calls than this in one output are a loop, not a plan.
 MAX_CALLS = 128
@@ -42,9 +42,12 @@ class Compiler:
     """Makes constraints for one model. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int], think: tuple[str, str]) -> None:
-        """`vocab_size`: of the model, may exceed the tokenizer's. `think`: the dialect's markers around reasoning."""
+        """`vocab_size`: of the model, may exceed the tokenizer's. `think`: the dialect's markers around reasoning.
+        InputError if none of `stop_ids` is below `vocab_size`. Takes a second for K2's vocabulary."""
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self._stop_ids = frozenset(token for token in stop_ids if token < vocab_size)
+        if not self._stop_ids:
+            raise InputError("No stop token is in the vocabulary.", "Give the ids that end an output.")
         self._grammars = GrammarCache(self._vocabulary)
         close = self._vocabulary.special_ids.get(think[1])
         self._close = (close,) if close is not None else tuple(tokenizer.encode(think[1]))

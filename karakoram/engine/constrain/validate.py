@@ -1,8 +1,9 @@
 """Whether a finished call satisfies its schema: a second opinion, from a library that had no part in writing it.
 
 Calls satisfy their schemas by construction. The session asks here all the same, once per call, and counts what is
-wrong: a number that must stay 0. The judge is `jsonschema`, with two settings: a multiple is a multiple in decimal (as
-doubles, 0.07 / 0.01 is 7.000000000000001), and formats are checked where the library can.
+wrong: a number that must stay 0. The judge is `jsonschema`, with three settings: a multiple is one in decimal (as
+doubles, 0.07 / 0.01 is 7.000000000000001); formats are checked where the library can; and patterns are matched by
+automaton where possible, since Python's backtracking takes for ever on some that any client may send.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from referencing.exceptions import Unresolvable
 
+from karakoram.engine.constrain.automaton import occurs
+from karakoram.engine.constrain.regex import PatternError
 from karakoram.errors import SchemaError
 
 MAX_SCHEMA_BYTES = 262_144
@@ -77,7 +80,7 @@ def schema_validator(text: str) -> Any:
         where = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in path[:-1])
         what = f"The schema is broken at {where or 'its root'}: {error.message[:200]}."
         raise SchemaError(what, "Correct it.", path[-1] if path else "", where) from error
-    exact: Any = validators.extend(draft, {"multipleOf": _multiple_of})
+    exact: Any = validators.extend(draft, {"multipleOf": _multiple_of, "pattern": _pattern})
     return exact(schema, format_checker=draft.FORMAT_CHECKER)
 
 
@@ -100,6 +103,19 @@ def _has_item_lists(schema: Any) -> bool:
     if isinstance(schema, dict):
         return isinstance(schema.get("items"), list) or any(map(_has_item_lists, schema.values()))
     return isinstance(schema, list) and any(map(_has_item_lists, schema))
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if not validator.is_type(instance, "string"):
+        return
+    try:
+        found = occurs(pattern, instance)
+    except PatternError:
+        found = re.search(pattern, instance) is not None
+    if not found:
+        yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
 def _multiple_of(validator: Any, divisor: Any, instance: Any, schema: Any) -> Iterator[Any]:

@@ -69,6 +69,8 @@ class Vocabulary:
         """The tokens of one byte: any continuation begins with one of them."""
         self.cost = lru_cache(4096)(self._cost)
         """How many tokens spell a text at least."""
+        self.first = lru_cache(4096)(self._first)
+        """The first of them."""
 
     def row(self, tokens: Iterable[int]) -> np.ndarray:
         """A new row with the bits of these tokens set."""
@@ -130,6 +132,9 @@ class Vocabulary:
 
     def _cost(self, text: bytes) -> int:
         return self._table(text)[0][0]
+
+    def _first(self, text: bytes) -> int:
+        return self.spell(text)[0]
 
     def _table(self, text: bytes) -> tuple[list[int], list[tuple[int, int]]]:
         size = len(text)

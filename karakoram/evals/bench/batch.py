@@ -24,7 +24,7 @@ from karakoram.engine.request import News, Request, Sampling
 from karakoram.errors import KarakoramError
 from karakoram.evals.bench.model import build, bytes_per_token
 from karakoram.evals.bench.report import Say, bracketed, silent
-from karakoram.model.packed.modules import Int4Experts
+from karakoram.model.packed.modules import PackedBank
 from karakoram.model.transformer import Transformer
 
 
@@ -33,7 +33,7 @@ def bytes_per_pass(model: Transformer, sequences: int, context: int) -> int:
     c = model.config
     cache = 2 * c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim)
     once = bytes_per_token(model, 0)
-    experts = sum(m.packed.records.shape[1] for m in model.modules() if isinstance(m, Int4Experts))
+    experts = sum(m.packed.records.shape[1] for m in model.modules() if isinstance(m, PackedBank))
     touched = c.n_routed_experts * (1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** sequences)
     return once + int(experts * (touched - c.num_experts_per_tok)) + sequences * cache
 

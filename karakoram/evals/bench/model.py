@@ -25,11 +25,11 @@ from karakoram.config import ModelConfig
 from karakoram.errors import InputError
 from karakoram.evals.bench.report import Say, bracketed, silent
 from karakoram.formats import int4_group
-from karakoram.kernels.packed import BLOCK_BYTES, PackedMatrix, packed_bytes
+from karakoram.kernels.packed import BLOCK_BYTES, Kind, PackedMatrix, packed_bytes
 from karakoram.model import cost
 from karakoram.model.packed.assemble import assemble
 from karakoram.model.packed.layers import PackedDecoder
-from karakoram.model.packed.modules import Int4Experts, PackedAttention, PackedFeedForward, PackedLinear
+from karakoram.model.packed.modules import PackedAttention, PackedBank, PackedFeedForward, PackedLinear
 from karakoram.model.transformer import Transformer
 
 FORMATS = ("int4", "int4-all")
@@ -47,6 +47,10 @@ class RandomWeights:
         self.random = torch.Generator().manual_seed(seed)
         self.codes = torch.randint(0, 256, (_PATTERN_BLOCKS, _INT4_BYTES), generator=self.random, dtype=torch.uint8)
         self.normal = torch.randn(1 << 22, generator=self.random).bfloat16()
+
+    def kind(self, name: str) -> Kind:
+        """int4 for experts, and for everything with `int4-all`; else bf16."""
+        return "int4" if self.int4_all or ".experts." in name else "bf16"
 
     def plain(self, name: str, like: Tensor) -> Tensor:
         """Norms are 1, routers small, biases 0."""
@@ -66,9 +70,9 @@ class RandomWeights:
         return words.view(outputs, inputs // 8), scale
 
     def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
-        """int4 panels for experts, and for everything with `int4-all`; else bf16 panels."""
+        """Panels of its kind."""
         size = inputs**-0.5
-        if not (self.int4_all or ".experts." in name):
+        if self.kind(name) == "bf16":
             data = torch.empty(packed_bytes("bf16", outputs, inputs), dtype=torch.uint8)
             _fill(data.view(torch.bfloat16), self.normal)
             data.view(torch.bfloat16).mul_(size)
@@ -127,7 +131,7 @@ def bytes_per_token(model: Transformer, context: int) -> int:
             total += module.matrix.data.numel()
         elif isinstance(module, PackedFeedForward):
             total += sum(matrix.data.numel() for matrix in module.matrices)
-        elif isinstance(module, Int4Experts):
+        elif isinstance(module, PackedBank):
             total += module.packed.records.shape[1] * c.num_experts_per_tok
         elif isinstance(module, PackedAttention):
             total += module.keys.data.numel()

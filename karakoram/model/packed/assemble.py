@@ -8,17 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from karakoram.checkpoint import Checkpoint
+from karakoram.checkpoint import Checkpoint, names
 from karakoram.checkpoint.names import PROJECTIONS
 from karakoram.config import ModelConfig
 from karakoram.kernels import ops
-from karakoram.kernels.packed import PackedMatrix, empty_experts
+from karakoram.kernels.packed import Kind, PackedMatrix, empty_experts
 from karakoram.model.attention import LatentAttention
 from karakoram.model.moe import MixtureOfExperts
 from karakoram.model.packed.layers import join
 from karakoram.model.packed.modules import (
-    Int4Experts,
     PackedAttention,
+    PackedBank,
     PackedEmbedding,
     PackedFeedForward,
     PackedLinear,
@@ -30,17 +30,32 @@ from karakoram.model.transformer import Transformer
 
 
 def can_run_packed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a checkpoint's experts are int4 and the kernels are there for this device and dtype."""
+    """Whether the kernels are there for this device and dtype, and serve the checkpoint as well as torch does."""
     c = checkpoint.config
-    if device.type != "cpu" or dtype != torch.bfloat16 or c.first_k_dense_replace >= c.num_hidden_layers:
-        return False
-    first = f"model.layers.{c.first_k_dense_replace}.mlp.experts.0.gate_proj.weight"
     sixteen = all(n % 16 == 0 for n in (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank))  # heads begin with a panel
-    return checkpoint.format_of(first) == "int4" and sixteen and ops.chosen() is not None
+    library = ops.chosen()
+    if device.type != "cpu" or dtype != torch.bfloat16 or not sixteen or library is None:
+        return False
+    kinds: dict[str, set[Kind]] = {}  # by layer, of the routed experts
+    for name in (tensor.name for tensor in names.expected_tensors(c) if names.is_routed_expert(tensor.name)):
+        kinds.setdefault(name.split(".experts.")[0], set()).add(_kind(checkpoint, name))
+    if any(len(found) > 1 for found in kinds.values()):
+        return False
+    # without vector instructions of their own, the kernels' only gain is to leave int4 as it is
+    return library.isa != "scalar" or {"int4"} in kinds.values()
+
+
+def _kind(checkpoint: Checkpoint, name: str) -> Kind:
+    found = checkpoint.format_of(name)
+    return found if found in ("int4", "fp8") else "bf16"
 
 
 class Weights(Protocol):
     """Where packed weights come from: a checkpoint, or chance (`k2 bench model`)."""
+
+    def kind(self, name: str) -> Kind:
+        """What `matrix` will be packed as; the same for all of a layer's experts."""
+        ...
 
     def plain(self, name: str, like: Tensor) -> Tensor:
         """A norm, a router's weight or bias: in the shape and dtype of `like`."""
@@ -65,6 +80,10 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
 
+    def kind(self, name: str) -> Kind:
+        """See `Weights`."""
+        return _kind(self.checkpoint, name)
+
     def plain(self, name: str, like: Tensor) -> Tensor:
         """See `Weights`."""
         return self.checkpoint.read(name).to(like.dtype)
@@ -77,7 +96,7 @@ class CheckpointWeights:
 
     def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
         """See `Weights`; the checkpoint's shapes have been checked."""
-        match self.checkpoint.format_of(name):
+        match self.kind(name):
             case "int4":
                 return ops.pack_int4(*self._int4_parts(name), out)
             case "fp8":
@@ -145,12 +164,13 @@ def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: Mod
     _put(gate, "matrix", ops.pack_bf16(gate.weight.detach()))
     bias = "e_score_correction_bias"
     gate.e_score_correction_bias = weights.plain(f"{stem}.gate.{bias}", gate.e_score_correction_bias)
-    experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
+    kind = weights.kind(f"{stem}.experts.0.{PROJECTIONS[0]}.weight")
+    experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, kind)
     for expert in range(c.n_routed_experts):
         for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
             weights.matrix(f"{stem}.experts.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
     inner = c.n_shared_experts * c.moe_intermediate_size
-    _put(mixture, "experts", Int4Experts(experts))
+    _put(mixture, "experts", PackedBank(experts))
     if inner:
         triple = _triple(weights, f"{stem}.shared_experts", c.hidden_size, inner)
         _put(mixture, "shared_experts", PackedFeedForward(*triple))

@@ -23,8 +23,8 @@ from karakoram.model.attention import ABSORB_UP_TO
 from karakoram.model.cache import Cache, LatentCache, PagedPass
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.packed.modules import (
-    Int4Experts,
     PackedAttention,
+    PackedBank,
     PackedFeedForward,
     PackedLinear,
     PackedMixture,
@@ -151,9 +151,10 @@ def describe(layer: Layer) -> DecoderLayer:
 def _feed(module: nn.Module) -> Triple | Mixture | None:
     if isinstance(module, PackedFeedForward):
         return module.matrices
-    assert isinstance(module, PackedMixture)
+    if not isinstance(module, PackedMixture):
+        return None
     gate, bank, shared = module.gate, module.experts, module.shared_experts
-    if not (isinstance(gate, PackedRouter) and isinstance(bank, Int4Experts)):
+    if not (isinstance(gate, PackedRouter) and isinstance(bank, PackedBank)):
         return None
     assert shared is None or isinstance(shared, PackedFeedForward)
     c = gate.config

@@ -88,7 +88,7 @@ class PackedFeedForward(nn.Module):
         return ops.mlp(x.reshape(-1, x.shape[-1]), *self.matrices).view(x.shape)
 
 
-class Int4Experts(nn.Module):
+class PackedBank(nn.Module):
     """The routed experts of a layer, as an `ExpertBank` has them."""
 
     def __init__(self, experts: PackedExperts) -> None:
@@ -97,7 +97,7 @@ class Int4Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `ExpertBank.__call__`."""
-        return ops.moe_int4(x_ND, ids_NK, weights_NK, self.packed)
+        return ops.moe(x_ND, ids_NK, weights_NK, self.packed)
 
 
 class PackedMixture(MixtureOfExperts):
@@ -109,10 +109,10 @@ class PackedMixture(MixtureOfExperts):
             return super().forward(x, experts, watch)
         x_ND = x.reshape(-1, x.shape[-1])
         bank, shared = self.experts, self.shared_experts
-        assert isinstance(bank, Int4Experts) and (shared is None or isinstance(shared, PackedFeedForward))
+        assert isinstance(bank, PackedBank) and (shared is None or isinstance(shared, PackedFeedForward))
         ids_NK, weights_NK = self.gate(x_ND)
         triple = None if shared is None else shared.matrices
-        return ops.moe_int4(x_ND, ids_NK, weights_NK, bank.packed, triple).view(x.shape)
+        return ops.moe(x_ND, ids_NK, weights_NK, bank.packed, triple).view(x.shape)
 
 
 class PackedAttention(LatentAttention):

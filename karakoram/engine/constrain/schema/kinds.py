@@ -14,12 +14,12 @@ conjunction: every keyword counts there, also those that cannot be enforced othe
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from karakoram.engine.constrain.automaton import automaton, occurs
 from karakoram.engine.constrain.regex import PatternError, read_search
 from karakoram.engine.constrain.schema.document import Document
 from karakoram.engine.constrain.schema.formats import FORMATS, NUMBER_FORMATS
@@ -30,7 +30,7 @@ Conjunction = tuple[Any, ...]
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 # anyOf within allOf multiplies; what a person writes stays far below.
 MAX_KINDS = 512
-MAX_REFERENCES = 64
+MAX_APPLIED = 20_000
 _ALL_NUMBERS = Interval()
 
 
@@ -69,7 +69,7 @@ class Kind:
         """What holds for the value of this property; None where it may not exist."""
         schemas: list[Any] = []
         for member in self.members:
-            found = [schema for pattern, schema in member.patterns.items() if re.search(pattern, name)]
+            found = [schema for pattern, schema in member.patterns.items() if occurs(pattern, name)]
             if name in member.properties:
                 found.insert(0, member.properties[name])
             elif not found and member.additional is not None:
@@ -114,6 +114,8 @@ class Kinds:
 
     def __init__(self, document: Document) -> None:
         self._document = document
+        self._applied = 0
+        """Schemas applied so far: schemas that name each other twice would be applied without end."""
         self._narrow: dict[str, Callable[[dict[str, Any], Kind], Kind | None]] = {
             "number": self._number,
             "string": self._string,
@@ -125,7 +127,7 @@ class Kinds:
         """The kinds of values in which all `schemas` hold; none: nothing satisfies them."""
         kinds = [Kind(type_) for type_ in TYPES]
         for schema in schemas:
-            kinds = self._apply(schema, kinds, 0)
+            kinds = self._apply(schema, kinds, ())
         kept: dict[str, Kind] = {}
         others: list[Kind] = []
         for kind in kinds:
@@ -135,31 +137,33 @@ class Kinds:
                 kept.setdefault(json.dumps(kind.value, sort_keys=True), kind)
         return [*kept.values(), *others]
 
-    def _apply(self, schema: Any, kinds: list[Kind], references: int) -> list[Kind]:
+    def _apply(self, schema: Any, kinds: list[Kind], within: tuple[int, ...]) -> list[Kind]:
+        """The kinds narrowed by a schema; `within`: the schemas whose application this one is part of."""
         if schema is True:
             return kinds
         if schema is False:
             return []
-        if len(kinds) > MAX_KINDS:
-            where = self._document.where(schema)
-            what = f"The schema at {where or 'the root'} has more than {MAX_KINDS} combinations of anyOf and allOf."
+        where = self._document.where(schema)
+        self._applied += 1
+        if len(kinds) > MAX_KINDS or self._applied > MAX_APPLIED:
+            what = f"The schema at {where or 'the root'} has too many combinations of anyOf and allOf."
             raise SchemaError(what, "Write them out as fewer options.", "anyOf", where)
+        if id(schema) in within:
+            raise SchemaError(f"The schema at {where or 'the root'} refers to itself.", "Correct it.", "$ref", where)
+        within = (*within, id(schema))
         self._document.check(schema)
         if "$ref" in schema:
-            if references >= MAX_REFERENCES:
-                where = self._document.where(schema)
-                raise SchemaError(f"The reference at {where} leads back to itself.", "Correct it.", "$ref", where)
-            kinds = self._apply(self._document.resolve(schema), kinds, references + 1)
+            kinds = self._apply(self._document.resolve(schema), kinds, within)
         if "enum" in schema or "const" in schema:
             values = schema["enum"] if "enum" in schema else [schema["const"]]
             kinds = [Kind("value", value, source=schema) for value in values] if kinds else []
         kinds = [kind for one in kinds if (kind := self._typed(schema, one)) is not None]
         for part in schema.get("allOf", ()):
-            kinds = self._apply(part, kinds, references)
+            kinds = self._apply(part, kinds, within)
         if "anyOf" in schema:
-            kinds = [kind for option in schema["anyOf"] for kind in self._apply(option, kinds, references)]
+            kinds = [kind for option in schema["anyOf"] for kind in self._apply(option, kinds, within)]
         if "oneOf" in schema:
-            options = [self._apply(option, kinds, references) for option in schema["oneOf"]]
+            options = [self._apply(option, kinds, within) for option in schema["oneOf"]]
             self._check_exclusive(schema, options)
             kinds = [kind for option in options for kind in option]
         return kinds
@@ -243,7 +247,7 @@ class Kinds:
 
     def _readable(self, schema: dict[str, Any], pattern: str) -> bool:
         try:
-            read_search(pattern)
+            automaton(read_search(pattern))
         except PatternError as error:
             self._document.refuse(schema, "patternProperties", f"has a pattern that cannot be enforced: {error}")
             return False

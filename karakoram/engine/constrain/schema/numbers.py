@@ -102,8 +102,10 @@ def number_grammar(interval: Interval, integer: bool, multiples: tuple[Fraction,
         return automaton(regex), f"/{rust(regex)}/"
     if step.denominator == 1:
         return _multiples(interval, regex, step.numerator)
+    places = _places(step)
+    regex = decimals(interval, places)
     if interval.unbounded:
-        regex = decimals(Interval(Fraction(-(10**MAX_DIGITS)), Fraction(10**MAX_DIGITS)))
+        regex = read_full(rf"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(?:\.[0-9]{{1,{places}}})?")
     endings = _endings(step)
     return combined([automaton(regex), automaton(endings)]), f"/{rust(regex)}/ & /{rust(endings)}/"
 
@@ -174,12 +176,13 @@ def _digits(low: str, high: str) -> Regex:
 # ------------------------------------------------------------------------------------------------ fractions
 
 
-def decimals(interval: Interval) -> Regex:
-    """Numbers in the interval with a fraction of limited length or none; unbounded ones also with an exponent."""
+def decimals(interval: Interval, places: int = 0) -> Regex:
+    """Numbers in the interval with a fraction of limited length (of `places` digits at least) or none; unbounded ones
+    also with an exponent."""
     if interval.unbounded:
         return _NUMBER
     bounds = [bound for bound in (interval.low, interval.high) if bound is not None]
-    places = max(_places(bound) for bound in bounds)
+    places = max(places, *(_places(bound) for bound in bounds))
     whole = max(len(str(int(abs(bound)))) for bound in bounds)
     places = max(places, min(MAX_FRACTION_DIGITS, MAX_DIGITS - whole))
     unit = 10**places

@@ -82,16 +82,17 @@ k2_status k2_linear_by_head(const k2_tensor* x, const k2_tensor* weight, int64_t
 // down(silu(gate(x)) · up(x)): x bf16 [T, D], y bf16 or f32 [T, D].
 k2_status k2_mlp(const k2_tensor* x, const k2_tensor* gate, const k2_tensor* up, const k2_tensor* down, k2_tensor* y);
 
-// Routed experts of a layer. records[e] points to expert e's int4 panels: gate [I, D], up [I, D], down [D, I], one after
-// another; it may be null for experts that no token visits. shared: null, or three packed matrices gate, up, down.
+// Routed experts of a layer. records[e] points to expert e's panels of `dtype`: gate [I, D], up [I, D], down [D, I], one after
+// another, each from a multiple of 64 bytes on; it may be null for experts that no token visits. shared: null, or three packed
+// matrices gate, up, down.
 // y[t] = Σ_k weights[t, k] · expert[ids[t, k]](x[t]) (+ shared(x[t])), partials kept in f32 and summed in the order of k.
-k2_status k2_moe_int4(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
-                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y);
+k2_status k2_moe_at_once(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
+                         int64_t experts, int64_t intermediate, int32_t dtype, const k2_tensor* shared, k2_tensor* y);
 
 // The same in steps, for experts that arrive one after another, in any order.
 typedef struct k2_moe k2_moe;
 k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
-                       int64_t intermediate, k2_moe** handle);
+                       int64_t intermediate, int32_t dtype, k2_moe** handle);
 k2_status k2_moe_experts(k2_moe* handle, const int64_t* experts, const void* const* records, int64_t count);
 k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y);  // frees the handle, also on error
 void k2_moe_drop(k2_moe* handle);
@@ -127,10 +128,11 @@ typedef struct {
   k2_tensor post_norm;             // bf16 [D]
   k2_tensor router, bias;          // packed [E, D], f32 [E]
   k2_tensor mlp[3];                // packed gate, up, down of the dense layer or of the shared experts
-  const void* const* records;      // of the E experts, as in k2_moe_int4
+  const void* const* records;      // of the E experts, as in k2_moe_at_once
   int64_t heads, intermediate, chosen, groups, best_groups;
   int32_t normalise;
   float routed_scale, softmax_scale, eps, latent_eps;  // eps of input_norm and post_norm, of q_a_norm and kv_a_norm
+  int32_t experts_dtype;           // of the records
 } k2_layer;
 
 // `count` layers one after another for n tokens that attend absorbed, each as a query of its own over its sequence's blocks:

@@ -124,7 +124,8 @@ k2_status feed(const k2_layer& l, const Sizes& s, const Room& room, const k2_ten
     k2_tensor ids = rows_of(room.ids, K2_I64, s.n, s.chosen);
     K2_TRY(k2_linear(&normed, &l.router, &logits));
     K2_TRY(k2_route(&logits, &l.bias, l.groups, l.best_groups, l.normalise, l.routed_scale, &ids, &weights));
-    K2_TRY(k2_moe_int4(&normed, &ids, &weights, l.records, s.experts, l.intermediate, l.mlp[0].data ? l.mlp : nullptr, &out));
+    K2_TRY(k2_moe_at_once(&normed, &ids, &weights, l.records, s.experts, l.intermediate, l.experts_dtype,
+                          l.mlp[0].data ? l.mlp : nullptr, &out));
   }
   add(x, room.out);
   return K2_OK;

@@ -15,6 +15,7 @@ using namespace k2;
 
 struct k2_moe {
   int64_t tokens, slots, hidden, experts, intermediate;
+  int32_t dtype;                  // of the experts' weights
   std::vector<int64_t> first;     // [experts + 1]: an expert's rows among the sorted ones
   std::vector<int64_t> token;     // [rows] token of a sorted row
   std::vector<int64_t> place;     // [rows] token · slots + slot
@@ -81,17 +82,13 @@ void sort_by_expert(k2_moe& m, const k2_tensor& ids) {
     }
 }
 
-Matrix part_of(const uint8_t* record, int64_t bytes_before, int64_t outputs, int64_t inputs) {
-  return Matrix{record + bytes_before, K2_INT4_PANELS, outputs, inputs};
-}
-
 FeedForward expert_job(const k2_moe& m, int64_t expert, const void* record) {
   const uint8_t* data = static_cast<const uint8_t*>(record);
-  const int64_t wide = packed_bytes(K2_INT4_PANELS, m.intermediate, m.hidden), first = m.first[expert];
+  const int64_t wide = round_up(packed_bytes(m.dtype, m.intermediate, m.hidden), 64), first = m.first[expert];
   FeedForward job;
-  job.gate = part_of(data, 0, m.intermediate, m.hidden);
-  job.up = part_of(data, wide, m.intermediate, m.hidden);
-  job.down = part_of(data, 2 * wide, m.hidden, m.intermediate);
+  job.gate = Matrix{data, m.dtype, m.intermediate, m.hidden};
+  job.up = Matrix{data + wide, m.dtype, m.intermediate, m.hidden};
+  job.down = Matrix{data + 2 * wide, m.dtype, m.hidden, m.intermediate};
   job.rows = m.first[expert + 1] - first;
   job.ldx = m.ldx();
   job.x = static_cast<const char*>(m.in) + first * job.ldx * m.kernels->activation_bytes;
@@ -182,17 +179,19 @@ k2_status check_result(const k2_moe& m, const k2_tensor* y) {
 extern "C" {
 
 k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
-                       int64_t intermediate, k2_moe** handle) try {
+                       int64_t intermediate, int32_t dtype, k2_moe** handle) try {
   *handle = nullptr;
   K2_TRY(check_routing(x, ids, weights, experts));
   if (intermediate < 1) return fail(K2_BAD_SHAPE, "experts of width %lld", static_cast<long long>(intermediate));
-  if (packed_bytes(K2_INT4_PANELS, intermediate, x->shape[1]) < 0 || !fits({experts, 8}) ||
+  if (dtype < K2_INT4_PANELS || dtype > K2_FP8_PANELS)
+    return fail(K2_BAD_DTYPE, "the experts are %s, expected packed panels", dtype_name(dtype));
+  if (packed_bytes(dtype, intermediate, x->shape[1]) < 0 || !fits({experts, 8}) ||
       !fits({x->shape[0], ids->shape[1], x->shape[1] + intermediate + 4 * kBlock, 4}))
     return fail(K2_BAD_SHAPE, "so many experts, or of such a width, are larger than any memory");
   std::unique_ptr<k2_moe> m(new (std::nothrow) k2_moe);
   if (!m) return fail(K2_NO_MEMORY, "no memory for a layer's experts");
   m->tokens = x->shape[0], m->hidden = x->shape[1], m->slots = ids->shape[1];
-  m->experts = experts, m->intermediate = intermediate;
+  m->experts = experts, m->intermediate = intermediate, m->dtype = dtype;
   m->x = *x;
   m->kernels = &kernels();
   m->done.assign(experts, 0);
@@ -238,11 +237,11 @@ k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y) t
 
 void k2_moe_drop(k2_moe* handle) { delete handle; }
 
-k2_status k2_moe_int4(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
-                      int64_t experts, int64_t intermediate, const k2_tensor* shared, k2_tensor* y) try {
+k2_status k2_moe_at_once(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, const void* const* records,
+                         int64_t experts, int64_t intermediate, int32_t dtype, const k2_tensor* shared, k2_tensor* y) try {
   if (!records) return fail(K2_BAD_CALL, "the experts have no records");
   k2_moe* begun = nullptr;
-  K2_TRY(k2_moe_begin(x, ids, weights, experts, intermediate, &begun));
+  K2_TRY(k2_moe_begin(x, ids, weights, experts, intermediate, dtype, &begun));
   const std::unique_ptr<k2_moe> m(begun);
   std::vector<FeedForward> jobs;
   for (int64_t e = 0; e < experts; e++) K2_TRY(add_expert(*m, e, records[e], &jobs, &m->done));

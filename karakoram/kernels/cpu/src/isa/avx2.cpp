@@ -89,6 +89,23 @@ void multiply_int4_avx2_rows(const float* x, int64_t ldx, const void* const* pan
   }
 }
 
+// As the portable one, the subnormals looked up in tables of bytes.
+void decode_fp8_avx2(const uint8_t* panel, int64_t blocks, uint16_t* out) {
+  const __m256i low_bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i high_bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0));
+  for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 16) {
+    if (i % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(panel + i) + Ahead::kBytes, _MM_HINT_T0);
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + i)));
+    const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi16(0x7F));
+    const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(rest, 4), _mm256_set1_epi16(0x3C00));
+    const __m256i small = _mm256_or_si256(_mm256_shuffle_epi8(low_bytes, rest), _mm256_slli_epi16(_mm256_shuffle_epi8(high_bytes, rest), 8));
+    const __m256i value = _mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi16(_mm256_set1_epi16(8), rest));
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7F)), _mm256_set1_epi16(0x7FC0));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_or_si256(_mm256_or_si256(value, nan), sign));
+  }
+}
+
 template <int R, int P>
 void multiply_bf16_avx2_rows(const float* x, int64_t ldx, const void* const* panels, const float* const* scales,
                              int64_t blocks, float* out, int64_t ldo, bool add, bool ahead) {
@@ -130,8 +147,8 @@ void multiply_bf16_avx2_rows(const float* x, int64_t ldx, const void* const* pan
   }
 }
 
-K2_BY_ROWS(multiply_int4_avx2, 3, float)
-K2_BY_ROWS(multiply_bf16_avx2, 4, float)
+K2_BY_ROWS(multiply_int4_avx2, 3, 0, float)
+K2_BY_ROWS(multiply_bf16_avx2, 4, 2, float)
 
 template <int R>
 void gemm_avx2_rows(const float* a, int64_t lda, const float* tile, int64_t k, float* c, int64_t ldc, bool add) {
@@ -175,6 +192,7 @@ Kernels table() {
   Kernels kernels = portable_kernels("avx2");
   kernels.multiply_int4 = multiply_int4_avx2;
   kernels.multiply_bf16 = multiply_bf16_avx2;
+  kernels.decode_fp8 = decode_fp8_avx2;
   kernels.gemm = gemm_avx2;
   return kernels;
 }

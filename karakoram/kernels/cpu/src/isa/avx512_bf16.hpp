@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "avx512_fp8.hpp"
 #include "avx512_sums.hpp"
 
 namespace k2 {
@@ -128,30 +129,8 @@ void multiply_bf16_bf16_rows(const uint16_t* x, int64_t ldx, const void* const* 
     for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * ldo + 16 * p, sum[r][p]);
 }
 
-K2_BY_ROWS(multiply_int4_bf16, 6, uint16_t)
-K2_BY_ROWS(multiply_bf16_bf16, 6, uint16_t)
-
-struct Fp8Table {  // bf16 numbers of the codes 0…127
-  alignas(64) uint16_t words[128];
-  Fp8Table() {
-    for (int i = 0; i < 128; i++) words[i] = bf16_from_float(fp8_e4m3_to_float(static_cast<uint8_t>(i)));
-  }
-};
-
-void decode_fp8_bf16(const uint8_t* panel, int64_t blocks, uint16_t* out) {
-  static const Fp8Table table;
-  const __m512i first = _mm512_load_si512(table.words), second = _mm512_load_si512(table.words + 32);
-  const __m512i third = _mm512_load_si512(table.words + 64), fourth = _mm512_load_si512(table.words + 96);
-  for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 32) {
-    if (i % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(panel + i) + Ahead::kBytes, _MM_HINT_T0);
-    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + i)));
-    const __m512i low = _mm512_permutex2var_epi16(first, code, second);  // which look at the lower six bits of a code
-    const __m512i high = _mm512_permutex2var_epi16(third, code, fourth);
-    const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40)), high);
-    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(code, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-    _mm512_storeu_si512(out + i, _mm512_or_si512(value, sign));
-  }
-}
+K2_BY_ROWS(multiply_int4_bf16, 6, 6, uint16_t)
+K2_BY_ROWS(multiply_bf16_bf16, 6, 6, uint16_t)
 
 inline __m512i interleaving() {  // words of the low half and of the high half, in turn
   alignas(64) uint16_t words[32];
@@ -184,7 +163,7 @@ void tile_int4_bf16(const uint8_t* panel, int64_t blocks, void* tile) {
 
 void tile_fp8_bf16(const uint8_t* panel, int64_t blocks, const float* scales, void* tile) {
   uint16_t* out = static_cast<uint16_t*>(tile);
-  decode_fp8_bf16(panel, blocks, out);
+  decode_fp8_avx512(panel, blocks, out);
   for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 16) {  // as the checkpoint means it: the product rounded to bf16
     const f32x16 product = widen_bf16(out + i) * scales[i / (kPanel * 128)];
     store_vector(out + i, __builtin_convertvector(round_bf16(product), u16x16));
@@ -294,7 +273,7 @@ Kernels bf16_kernels(const char* name) {
   kernels.load = load_bf16;
   kernels.multiply_int4 = multiply_int4_bf16;
   kernels.multiply_bf16 = multiply_bf16_bf16;
-  kernels.decode_fp8 = decode_fp8_bf16;
+  kernels.decode_fp8 = decode_fp8_avx512;
   kernels.tile_bf16 = tile_bf16_bf16;
   kernels.gemm = gemm_bf16;
   kernels.silu_mul = silu_mul_bf16;

@@ -3,6 +3,7 @@
 #define K2_TILE_ROWS 12  // 12 rows × 2 panels of sums, 2 of weights: 26 of 32 registers
 #include <immintrin.h>
 
+#include "avx512_fp8.hpp"
 #include "avx512_sums.hpp"
 
 namespace k2 {
@@ -68,12 +69,56 @@ void multiply_int4_lookup_rows(const float* x, int64_t ldx, const void* const* p
     for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * ldo + 16 * p, sum[r][p]);
 }
 
-K2_BY_ROWS(multiply_int4_lookup, 6, float)
+template <int R, int P>
+void multiply_bf16_widened_rows(const float* x, int64_t ldx, const void* const* panels, const float* const* scales,
+                                int64_t blocks, float* out, int64_t ldo, bool add, bool ahead) {
+  Ahead next(panels, P, blocks * kBlock * kPanel * 2);
+  const uint16_t* panel[P];
+  for (int p = 0; p < P; p++) panel[p] = static_cast<const uint16_t*>(panels[p]);
+  __m512 sum[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sum[r][p] = add ? _mm512_loadu_ps(out + r * ldo + 16 * p) : _mm512_setzero_ps();
+  for (int64_t group = 0; group < 2 * blocks; group++, x += kGroup) {
+    __m512 part[R][P];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) part[r][p] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; i += 2) {
+      if (ahead && i % 8 == 0) next.ask<P, 4>();
+      __m512 even[P], odd[P];
+      for (int p = 0; p < P; p++) {
+        const __m512i lanes = _mm512_loadu_si512(panel[p] + 16 * i);
+        even[p] = _mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16));
+        odd[p] = _mm512_castsi512_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) {
+          part[r][p] = _mm512_fmadd_ps(even[p], _mm512_set1_ps(x[r * ldx + i]), part[r][p]);
+          part[r][p] = _mm512_fmadd_ps(odd[p], _mm512_set1_ps(x[r * ldx + i + 1]), part[r][p]);
+        }
+    }
+    for (int p = 0; p < P; p++) {
+      const __m512 scale = _mm512_set1_ps(scales ? scales[p][group / 4] : 1.0f);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) sum[r][p] = _mm512_fmadd_ps(part[r][p], scale, sum[r][p]);
+      panel[p] += kGroup * kPanel;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * ldo + 16 * p, sum[r][p]);
+}
+
+K2_BY_ROWS(multiply_int4_lookup, 6, 6, float)
+K2_BY_ROWS(multiply_bf16_widened, 6, 6, float)
 
 Kernels table() {
   Kernels kernels = portable_kernels("avx512f");
   kernels.rows_at_once = 6;
   kernels.multiply_int4 = multiply_int4_lookup;
+  kernels.multiply_bf16 = multiply_bf16_widened;
+  kernels.decode_fp8 = decode_fp8_avx512;
   kernels.dots = dots_avx512;
   return kernels;
 }

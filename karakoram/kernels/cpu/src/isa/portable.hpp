@@ -187,20 +187,22 @@ void multiply_bf16_rows(const float* x, int64_t ldx, const void* const* panels, 
     for (int p = 0; p < P; p++) store_vector(out + r * ldo + 16 * p, sum[r][p]);
 }
 
-// `most` rows at a time, as evenly as they come: 9 rows in steps of at most 8 are 5 and 4. Only the first step asks for
-// memory ahead of its turn: the others find the panels in the cache.
-#define K2_ROWS(function, most, R)                                                                                      \
+// `most` rows at a time, as evenly as they come: 9 rows in steps of at most 8 are 5 and 4. Up to `paired` of them with both
+// panels at once; but short panels one after another, for two of them are no stream for a prefetcher. Only the first step asks
+// for memory ahead of its turn: the others find the panels in the cache.
+#define K2_ROWS(function, most, paired, R)                                                                              \
   case R: {                                                                                                             \
     constexpr int kRows = R <= most ? R : 1;                                                                            \
-    if (count == 2 && !(kRows <= 4 && panels_are_short)) {                                                              \
-      function##_rows<kRows, 2>(in, ldx, panels, scales, blocks, out, ldo, add, ahead);                                 \
+    constexpr int kPanels = kRows <= paired ? 2 : 1;                                                                    \
+    if (kPanels == 2 && count == 2 && !(kRows <= 4 && panels_are_short)) {                                              \
+      function##_rows<kRows, kPanels>(in, ldx, panels, scales, blocks, out, ldo, add, ahead);                           \
       break;                                                                                                            \
     }                                                                                                                   \
     for (int p = 0; p < count; p++)                                                                                     \
       function##_rows<kRows, 1>(in, ldx, panels + p, scales ? scales + p : scales, blocks, out + 16 * p, ldo, add, ahead); \
     break;                                                                                                              \
   }
-#define K2_BY_ROWS(function, most, type)                                                                                \
+#define K2_BY_ROWS(function, most, paired, type)                                                                        \
   void function(int64_t rows, const void* x, int64_t ldx, const void* const* panels, const float* const* scales,        \
                 int count, int64_t blocks, float* out, int64_t ldo, bool add) {                                         \
     const type* in = static_cast<const type*>(x);                                                                       \
@@ -209,24 +211,27 @@ void multiply_bf16_rows(const float* x, int64_t ldx, const void* const* panels, 
     for (int64_t steps = (rows + most - 1) / most; steps > 0; steps--) {                                                \
       const int64_t here = (rows + steps - 1) / steps;                                                                  \
       switch (here) {                                                                                                   \
-        K2_ROWS(function, most, 1) K2_ROWS(function, most, 2) K2_ROWS(function, most, 3)                                \
-        K2_ROWS(function, most, 4) K2_ROWS(function, most, 5) K2_ROWS(function, most, 6)                                \
+        K2_ROWS(function, most, paired, 1) K2_ROWS(function, most, paired, 2) K2_ROWS(function, most, paired, 3)        \
+        K2_ROWS(function, most, paired, 4) K2_ROWS(function, most, paired, 5) K2_ROWS(function, most, paired, 6)        \
       }                                                                                                                 \
       rows -= here, in += here * ldx, out += here * ldo, ahead = false;                                                 \
     }                                                                                                                   \
   }
 
-K2_BY_ROWS(multiply_int4, 4, float)
-K2_BY_ROWS(multiply_bf16, 4, float)
+K2_BY_ROWS(multiply_int4, 4, 0, float)
+K2_BY_ROWS(multiply_bf16, 4, 0, float)
 
+// e4m3 codes in 16 bits each -> bf16: the exponent's bias moves from 7 to 127; below 8 they are subnormal, n · 2^-9. Comparisons
+// and shifts only, which every vector unit has for words.
 void decode_fp8(const uint8_t* panel, int64_t blocks, uint16_t* out) {
   for (int64_t i = 0; i < kPanel * kBlock * blocks; i += 16) {
-    const u32x16 code = __builtin_convertvector(load_vector<u8x16>(panel + i), u32x16), rest = code & 0x7F;
-    const u32x16 normal = (rest << 20) + (120u << 23);  // the exponent's bias moves from 7 to 127
-    const u32x16 small = (u32x16)(__builtin_convertvector((i32x16)rest, f32x16) * 0.001953125f);  // mantissa · 2^-9
-    const u32x16 is_small = (u32x16)(rest < 8), is_nan = (u32x16)(rest == 0x7F) & 0x7FC00000;
-    const u32x16 bits = (normal & ~is_small) | (small & is_small) | is_nan | ((code & 0x80) << 24);
-    store_vector(out + i, __builtin_convertvector(bits >> 16, u16x16));
+    const u16x16 code = __builtin_convertvector(load_vector<u8x16>(panel + i), u16x16), rest = code & 0x7F;
+    const u16x16 is_small = (u16x16)(rest < 8), from_2 = (u16x16)(rest > 1), from_4 = (u16x16)(rest > 3);
+    u16x16 small = (u16x16)(rest == 1) & 0x3B00;
+    small = (from_2 & (((rest & 1) << 6) + 0x3B80)) | (~from_2 & small);
+    small = (from_4 & (((rest & 3) << 5) + 0x3C00)) | (~from_4 & small);
+    const u16x16 value = (is_small & small) | (~is_small & ((rest << 4) + 0x3C00)) | ((u16x16)(rest == 0x7F) & 0x7FC0);
+    store_vector(out + i, (u16x16)(value | ((code & 0x80) << 8)));
   }
 }
 
