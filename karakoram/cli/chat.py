@@ -83,7 +83,9 @@ def chat_command(
     declared = _declarations(tools, demo_tools)
     view = AnswerView()
     if url is not None:
-        session, sampling, where = opening.open_remote(url, model, api_key, temperature, top_p)
+        from karakoram.cli.terminal.remote import open_remote
+
+        session, sampling, where = open_remote(url, model, api_key, temperature, top_p)
     else:
         assert model is not None
         opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [])

@@ -33,19 +33,6 @@ class Sampling:
         return f"temperature {self.temperature:g}, top_p {self.top_p:g} ({self.source})"
 
 
-@dataclass(frozen=True)
-class ServerSampling:
-    """What a server is asked for; None leaves it to the server."""
-
-    temperature: float | None
-    top_p: float | None
-
-    def __str__(self) -> str:
-        asked = {"temperature": self.temperature, "top_p": self.top_p}
-        given = [f"{name} {value:g}" for name, value in asked.items() if value is not None]
-        return ", ".join(given) or "the server's sampling"
-
-
 def names_a_model(text: str) -> bool:
     """Whether a lone argument is meant as MODEL rather than as a prompt: a known name, a path or `owner/name`."""
     if text == BUNDLED or text in PRESETS or _HUB_ID.fullmatch(text):
@@ -104,19 +91,6 @@ class Opened:
 
     def session(self) -> Session:
         return Session(self.model, self.fmt)
-
-
-def open_remote(
-    url: str, model: str | None, api_key: str | None, temperature: float | None, top_p: float | None
-) -> tuple[Any, ServerSampling, str]:
-    """A session with a server, sampling as asked (None: the server's own), and what is said about both."""
-    from karakoram.cli.terminal.remote import RemoteSession
-
-    session = RemoteSession(url, model, api_key)
-    if temperature is not None or top_p is not None:
-        check_sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p)
-    sampling = ServerSampling(temperature, top_p)
-    return session, sampling, f"{session.model} · {session.url} · {sampling}"
 
 
 def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allow_config_keys: list[str]) -> Opened:

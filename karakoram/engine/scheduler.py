@@ -3,8 +3,9 @@
 - **Decoding** sequences give their newest token (and guesses). When no block is left for one, the newest arrival gives
   up its blocks and waits at the head of the queue; what it had computed stays in the prefix tree as long as nobody
   needs the room, so coming back is cheap (preemption by recompute; vLLM, arXiv 2309.06180 §4.5).
-- **Prompts** are computed in pieces (Sarathi-Serve, arXiv 2403.02310 §4.2). While others decode, a pass may take about
-  SLOWER times as long as one without pieces would: the rates of earlier passes say how many tokens that is.
+- **Prompts** are computed in pieces (Sarathi-Serve, arXiv 2403.02310 §4.2). While others decode, a piece may add
+  SLOWER times what the pass takes without it, and STALL_MS in any case: what earlier pieces took says how many tokens
+  that is.
 - **Newcomers** are taken from the clients in turn, each client's in order. What the prefix tree remembers of a prompt
   is not computed again; and who needs a block that another sequence is computing right now waits until it is there, so
   a hundred children of one prefix cost one prefix.
@@ -21,6 +22,7 @@ from karakoram.engine.sequence import Sequence
 from karakoram.engine.speculate import PassCosts
 
 SLOWER = 1.5  # on top of the pass itself: inter-token times stay within 3 × the median with room for noise
+STALL_MS = 20.0  # nobody notices; many small pieces would cost small models more than they spare anyone
 LEAST_PIECE = 32  # tokens of a prompt that are taken in any case, so that prompts always move on
 PIECE_WITH_LOGPROBS = 64  # each of its positions needs a row of logits: 42 MB at K2's vocabulary
 
@@ -72,10 +74,9 @@ class Scheduler:
         self.pool, self._copy = pool, copy
         self.most_running, self.most_tokens = most_running, most_tokens
         self.waiting, self.running = FairQueue(), list[Sequence]()
-        self.costs = PassCosts()
+        self.costs, self._prompt_costs = PassCosts(), PassCosts()
         self.preemptions = self.prefix_hits = self.prefix_queries = 0
         self._in_flight: dict[int, Sequence] = {}
-        self._ms_per_prompt_token: float | None = None
 
     def plan(self) -> list[Piece]:
         """The pieces of the next pass, none if nothing can run."""
@@ -102,9 +103,9 @@ class Scheduler:
         if not prompt:
             self.costs.saw(decoding, ms)
             return
-        own = ms - (self.costs.ms(decoding) or 0.0 if decoding else 0.0)
-        each, known = max(own, 0.1 * ms) / prompt, self._ms_per_prompt_token
-        self._ms_per_prompt_token = each if known is None else known + 0.3 * (each - known)
+        alone = self.costs.ms(decoding) if decoding else 0.0
+        if alone is not None:
+            self._prompt_costs.saw(prompt, max(ms - alone, 0.0))
 
     def advanced(self, sequence: Sequence) -> None:
         """A sequence has more in the cache: full blocks become everyone's."""
@@ -140,12 +141,17 @@ class Scheduler:
 
     def _prompt_budget(self, decoding: int) -> int:
         budget = self.most_tokens - decoding
-        alone = self.costs.ms(decoding) if decoding else None
-        if alone is not None and self._ms_per_prompt_token:
-            budget = min(budget, max(LEAST_PIECE, int(SLOWER * alone / self._ms_per_prompt_token)))
-        elif decoding:
-            budget = min(budget, 2 * LEAST_PIECE)
-        return budget
+        if not decoding:
+            return budget
+        allowed, tokens = max(SLOWER * (self.costs.ms(decoding) or 0.0), STALL_MS), LEAST_PIECE
+        took = self._prompt_costs.ms(tokens) or 0.0
+        while 2 * tokens <= budget:
+            known = self._prompt_costs.ms(2 * tokens)
+            took = 2 * took if known is None else known
+            if took > allowed:
+                break
+            tokens *= 2
+        return min(budget, tokens)
 
     def _prompt_piece(self, sequence: Sequence, budget: int) -> Piece | None:
         if sequence not in self.running:

@@ -175,11 +175,12 @@ async def _whole(surface: Surface, floor: Floor, exchange: Exchange, request: Re
     watch.add_done_callback(lambda done: None if done.cancelled() else floor.desk.drop(exchange))
     try:
         await gather(exchange)
+        if exchange.gone:
+            return Response(status_code=503)  # nobody will read it
+        body = surface.whole(exchange.call, exchange.answers, floor.service)
     finally:
         watch.cancel()
-    if exchange.gone:
-        return Response(status_code=503)  # nobody will read it
-    body = surface.whole(exchange.call, exchange.answers, floor.service)
+        floor.desk.drop(exchange)
     return json_response(body, headers={"x-request-id": exchange.call.id})
 
 

@@ -162,7 +162,7 @@ class Door:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            sent = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            sent = {name: value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
             try:
                 scope["karakoram.client"] = self._service.admit(lambda name: sent.get(name.encode()))
             except Refusal as refusal:

@@ -30,7 +30,6 @@ class Pulse:
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
         self._lines: set[Line] = set()
-
         self.add, self.remove = self._lines.add, self._lines.discard
 
     def tick(self) -> None:
@@ -117,14 +116,15 @@ class Encoder:
         parts: list[bytes] = []
         try:
             self._encode(parts)
+            if exchange.over and exchange.refusal is None:
+                parts.append(self._events.finish(exchange.answers))
         except Exception:  # a bug in parsing or encoding one answer must not take the others' server down
             log.exception("An answer could not be encoded")
             exchange.pending = []
             exchange.refusal = Refusal(503, "The answer could not be encoded; the log says why.", code="internal")
-        if exchange.over:
-            self.ended = True
-            refusal = exchange.refusal
-            parts.append(self._events.finish(exchange.answers) if refusal is None else self._events.fail(refusal))
+        self.ended = exchange.over
+        if exchange.refusal is not None and self.ended:
+            parts.append(self._events.fail(exchange.refusal))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _encode(self, parts: list[bytes]) -> None:

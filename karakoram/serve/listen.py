@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from karakoram.errors import InputError
 
+IDLE_S = 75  # clients keep connections for 60; who closes first loses no request
 GRACE_S = 3  # for open connections at the end; their streams have been ended by then
 
 
@@ -69,6 +70,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=GRACE_S,
+                timeout_keep_alive=IDLE_S,
+                lifespan="on",
+                ws="none",
                 **options,
             )
         )

@@ -85,6 +85,7 @@ class Shelf:
         task = asyncio.get_running_loop().create_task(_record(exchange, events, recording))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._desk.drop(exchange))
         return recording
 
     def find(self, name: str, client: str, last_event_id: str | None) -> tuple[Recording, int]:

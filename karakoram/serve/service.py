@@ -126,19 +126,20 @@ class Service:
         return name
 
     def admit(self, header: Callable[[str], str | None]) -> str:
-        """Who asks: a digest of the key sent (as Bearer or x-api-key), "" for none. `Refusal` 401 where a key is
-        needed and this is not one."""
+        """Who asks: a digest of the key sent (as Bearer or x-api-key; of two, the one that fits), "" for none.
+        `Refusal` 401 where a key is needed and this is not one."""
         scheme, _, bearer = (header("authorization") or "").partition(" ")
-        key = bearer.strip() if scheme.lower() == "bearer" else (header("x-api-key") or "").strip()
-        sent = _digest(key.encode("utf-8", "surrogateescape"))
+        keys = [bearer.strip() if scheme.lower() == "bearer" else "", (header("x-api-key") or "").strip()]
+        sent = [_digest(key.encode("utf-8", "surrogateescape")) for key in keys if key]
+        if not self._keys:
+            return sent[0].hex()[:32] if sent else ""
         # Every key is compared, whichever fits, so that the time tells nothing.
-        fits = sum([hmac.compare_digest(sent, known) for known in self._keys])
-        if self._keys and not fits:
-            what = "This API key is not known." if key else "An API key is needed."
-            raise Refusal(
-                401, f"{what} Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.", None, "invalid_api_key"
-            )
-        return sent.hex()[:32] if key else ""
+        fits = [sum([hmac.compare_digest(one, known) for known in self._keys]) for one in sent]
+        if not any(fits):
+            what = "This API key is not known." if sent else "An API key is needed."
+            how = "Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+            raise Refusal(401, f"{what} {how}", code="invalid_api_key")
+        return sent[fits.index(max(fits))].hex()[:32]
 
 
 def _digest(key: bytes) -> bytes:

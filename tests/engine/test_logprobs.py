@@ -119,11 +119,11 @@ def test_a_stop_cuts_them_too(tiny: Transformer) -> None:
 
 
 def test_packed_ones_are_the_packed_models(nano: Transformer) -> None:
-    """bf16 rounds at other places when a prompt is cut: over 100 positions nano's log-probabilities stay within 0.25,
-    and half of them within 0.03; a row off by one would be off by several."""
+    """bf16 rounds at other places when a prompt is cut: single positions were off by 0.05 to 0.4, where an expert is
+    chosen by a hair, the median by 0.0004. A row off by one would move the median by more than 1."""
     prompt = models.prompt(100, 3, 3900)
     with Engine(nano, most_batch_tokens=40) as engine:
         result = run(engine, greedy("a", prompt, 1, prompt_logprobs=0))
     expected = plain(nano, prompt)[:-1].gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
     off = (torch.tensor([one.logprob for one in result.prompt_logprobs]) - expected).abs()
-    assert float(off.max()) < 0.25 and float(off.median()) < 0.03
+    assert float(off.max()) < 1.0 and float(off.median()) < 0.01

@@ -98,9 +98,9 @@ def test_the_cost_of_one_token_more() -> None:
 def test_outputs_are_those_without_guessing(tiny: Transformer, deterministic: bool) -> None:
     """Greedy and seeded, together in one batch; free outputs, and such that repeat themselves."""
     requests = [
-        *(greedy(f"g{i}", models.prompt(10 * i + 5, i), 40) for i in range(4)),
-        *(Request(f"s{i}", models.prompt(10 * i + 5, i), 40, Sampling(seed=i, top_p=0.9)) for i in range(3)),
-        *(repetitive(f"r{i}", models.prompt(10 * i + 5, i), 60, None if i < 2 else i) for i in range(6)),
+        *(greedy(f"g{i}", models.prompt(10 * i + 5, i), 20) for i in range(3)),
+        *(Request(f"s{i}", models.prompt(10 * i + 5, i), 20, Sampling(seed=i, top_p=0.9)) for i in range(2)),
+        *(repetitive(f"r{i}", models.prompt(8 * i + 5, i), 50, None if i < 2 else i) for i in range(5)),
         repetitive("stops", models.prompt(33), 60, 9, stop_ids=frozenset({12})),
     ]
     with Engine(tiny, deterministic=deterministic, speculate=False) as engine:
@@ -110,19 +110,19 @@ def test_outputs_are_those_without_guessing(tiny: Transformer, deterministic: bo
         heard = gathered(watched, requests)
         assert [heard.end(request.id) for request in requests] == expected
         guessed = Counter(piece.id for seen in watched.passes for piece in seen if piece.guesses)
-        assert sum(guessed[f"r{i}"] > 5 for i in range(6)) == 6
+        assert all(guessed[f"r{i}"] > 5 for i in range(5))
         all_blocks_back(engine)
 
 
 def test_drawn_outputs_are_distributed_as_the_model_says(tiny: Transformer) -> None:
-    """1,500 seeds: the second token after a prompt that invites guesses, against its exact marginal.
+    """1,000 seeds: the second token after a prompt that invites guesses, against its exact marginal.
 
     Chi-square within six standard deviations of its mean, as in test_sampler; the third and fourth tokens are compared
     with an engine that does not guess, seed by seed.
     """
     import torch
 
-    seeds, prompt, few = 1500, [10, 11, 12, 13] * 5, dict.fromkeys(range(10, 14), 50.0)
+    seeds, prompt, few = 1000, [10, 11, 12, 13] * 5, dict.fromkeys(range(10, 14), 50.0)
 
     def drawn(engine: Engine) -> list[tuple[int, ...]]:
         how = [Sampling(temperature=1.5, seed=seed, logit_bias=few) for seed in range(seeds)]

@@ -17,7 +17,7 @@ from karakoram.kernels import ops, reference
 from karakoram.kernels.cpu.library import Library, describe
 from karakoram.kernels.layer import DecoderLayer, Mixture, Stack
 from tests.kernels import drawn
-from tests.kernels.drawn_layer import SHAPES, Pass, Shape, clearly_routed, drawn_layer, drawn_pass, vector
+from tests.kernels.drawn_layer import SHAPES, Pass, Shape, clearly_routed, drawn_layer, drawn_pass, layers_near, vector
 
 
 def attend_by_ops(layer: DecoderLayer, p: Pass, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def test_as_the_reference_has_it(isa: str, name: str) -> None:
     stack, p = Stack((clearly_routed(drawn_layer(SHAPES[name])),)), drawn_pass(SHAPES[name], 7, 1)
     ours, theirs = p.copy(), p.copy()
     found, expected = ops.decode_layers(stack, *ours), ops.decode_layers(stack, *theirs, implementation="reference")
-    assert drawn.near(found, expected)
+    assert layers_near(found, expected)
     there = ~p.cache.isnan() | ~theirs.cache.isnan()
     assert torch.equal(ours.cache.isnan(), theirs.cache.isnan())
     assert drawn.near(ours.cache[there][None], theirs.cache[there][None])
@@ -96,7 +96,7 @@ def test_the_first_half_of_a_layer(isa: str, name: str) -> None:
     expected_x, expected_normed = attend_by_ops(layer, theirs, theirs.cache[0])
     assert same(x, expected_x) and same(normed, expected_normed) and same(ours.cache, theirs.cache)
     found = ops.decode_attention(Stack((layer,)), *p.copy(), implementation="reference")
-    assert drawn.near(x, found[0]) and drawn.near(normed, found[1])
+    assert layers_near(x, found[0]) and layers_near(normed, found[1])
 
 
 @pytest.mark.parametrize(("rows", "each"), [(1, 1), (1, 5), (3, 1), (3, 4)])
@@ -113,7 +113,7 @@ def test_a_contiguous_cache_needs_no_blocks(lib: Library, rows: int, each: int) 
     found = ops.decode_layers(stack, *ours)
     assert same(found, ops.decode_layers(stack, *theirs._replace(blocks_nM=table)))
     assert same(ours.cache, theirs.cache)
-    assert drawn.near(found, ops.decode_layers(stack, *plain, implementation="reference"))
+    assert layers_near(found, ops.decode_layers(stack, *plain, implementation="reference"))
 
 
 def test_tokens_do_not_depend_on_each_other(isa: str) -> None:

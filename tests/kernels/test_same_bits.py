@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karakoram.errors import InputError
-from karakoram.kernels import ops
+from karakoram.kernels import ops, reference
 from karakoram.kernels.cpu.library import Library
 from karakoram.kernels.ops import MoeInt4
 from karakoram.kernels.packed import Kind, PackedExperts
@@ -214,6 +214,22 @@ def test_attention_whatever_the_number_of_queries(
     pool, blocks = drawn.in_blocks(cache, 16)
     tables = blocks.expand(many, -1).contiguous()
     rows_are_alone(lambda rows: ops.mla_decode(q[rows], pool, lengths[rows], latent, 0.2, tables[rows]), many)
+
+
+@pytest.mark.parametrize("heads", [2, 17])
+def test_attention_whoever_shares_rows(isa: str, deterministic: None, heads: int) -> None:
+    """Sequences with a prefix in common, then several of one, then one alone: as each by itself."""
+    size, owners, lengths = 16, [0, 1, 1, 1, 2, 3, 3, 0], torch.tensor([1100, 1030, 1031, 1200, 17, 5, 6, 1100])
+    q, pool = drawn.rows(8 * heads, 96).view(8, heads, 96), drawn.rows(400 * size, 96).view(400, size, 96)
+    own = torch.randperm(400)[:320].view(4, 80).to(torch.int32)
+    own[1, :66] = own[0, :66]  # of 1,056 tokens: more than a piece
+    own[3, 0] = own[2, 0]
+    tables = own[owners]
+    together = ops.mla_decode(q, pool, lengths, 64, 0.2, tables)
+    for b in range(8):
+        rows = slice(b, b + 1)
+        assert torch.equal(ops.mla_decode(q[rows], pool, lengths[rows], 64, 0.2, tables[rows])[0], together[b])
+    assert drawn.near(together, reference.mla_decode(q, pool, lengths, 64, 0.2, tables))
 
 
 def test_norms_routes_and_new_latents_whatever_the_number_of_rows(isa: str, deterministic: None) -> None:

@@ -160,6 +160,7 @@ def running(
     loaded: bool = True,
     context: int = 4096,
     most: int = 1024,
+    send_buffer: int | None = None,
 ) -> Iterator[Running]:
     """A server over a scripted engine, for as long as the block lasts."""
     engine = ScriptedEngine(script, fmt.tokenizer.n_vocab, context, most)
@@ -168,6 +169,8 @@ def running(
     if loaded:
         service.ready(opened)
     bound = bind("127.0.0.1", 0, service.limits.stalled_s)
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     server = Server(create_app(service))
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()

@@ -60,19 +60,23 @@ def test_everything_but_health_needs_the_key(
         {"authorization": "bearer  sesame"},
         {"x-api-key": "sesame"},
         {"x-api-key": "other"},
+        {"x-api-key": "schlüssel"},
+        {"authorization": "Bearer wrong", "x-api-key": "sesame"},
+        {"authorization": "Basic c2VzYW1l", "x-api-key": "sesame"},
     ],
 )
 def test_every_key_opens(locked: Running, headers: dict[str, str]) -> None:
+    encoded = {name: value.encode() for name, value in headers.items()}
     for path in PATHS[:-1]:
-        assert locked.http.get(path, headers=headers).status_code == 200
-    assert locked.http.post("/v1/chat/completions", json=ASKING, headers=headers).status_code == 200
+        assert locked.http.get(path, headers=encoded).status_code == 200
+    assert locked.http.post("/v1/chat/completions", json=ASKING, headers=encoded).status_code == 200
     client = locked.engine.requests[-1].client
     assert client and "sesame" not in client and "other" not in client
 
 
 @pytest.fixture
 def locked(serve: Callable[..., Running], words: Words) -> Running:
-    return serve(words.script, keys=("sesame", "other"))
+    return serve(words.script, keys=("sesame", "other", "schlüssel"))
 
 
 def test_clients_are_told_apart_by_their_keys(shared: Running) -> None:

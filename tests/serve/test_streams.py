@@ -98,19 +98,9 @@ def test_a_reader_that_leaves_before_the_body_is_complete(serve: Callable[..., R
     assert server.idle()
 
 
-def test_a_reader_that_stops_reading(serve: Callable[..., Running], words: Words) -> None:
-    server = serve(words.script, limits=Limits(pending_tokens=2000), context=10**9)
-    with connected(server) as connection:
-        connection.sendall(request_bytes())
-        # Sockets and transports hold some hundred kilobytes; then the queue fills, and the request is cancelled.
-        assert server.idle()
-        server.still_answers()
-        end = read_until(connection, b"data: [DONE]")
-        assert b"slow_reader" in end
+def steady(words: Words) -> Callable[[Request], Iterator[int]]:
+    """A model that goes on for ever, faster than one reads but not faster than the server writes."""
 
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's TCP_USER_TIMEOUT closes them")
-def test_a_reader_that_never_reads_again_is_let_go(serve: Callable[..., Running], words: Words) -> None:
     def script(_: Request) -> Iterator[int]:
         pause = threading.Event()
         for number in itertools.count():
@@ -118,14 +108,36 @@ def test_a_reader_that_never_reads_again_is_let_go(serve: Callable[..., Running]
                 pause.wait(0.001)
             yield words.ids(" on")[0]
 
-    server = serve(script, limits=Limits(stalled_s=0.5), context=10**9)
+    return script
+
+
+def stalled_on(server: Running) -> socket.socket:
+    """A connection that asks for much (log-probabilities of every token) and has room for little."""
+    connection = socket.socket()
+    connection.settimeout(WAIT_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = server.url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    connection.sendall(request_bytes(logprobs=True))
+    assert until(lambda: bool(server.engine.requests))
+    return connection
+
+
+def test_a_reader_that_stops_reading(serve: Callable[..., Running], words: Words) -> None:
+    server = serve(steady(words), limits=Limits(pending_tokens=1000), context=10**9, send_buffer=8192)
+    with stalled_on(server) as connection:
+        # What sockets and transports hold is soon full, then the queue: the request is cancelled, the rest goes on.
+        assert server.idle()
+        assert server.chat(max_tokens=5).status_code == 200
+        assert b"slow_reader" in read_until(connection, b"data: [DONE]")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's TCP_USER_TIMEOUT closes them")
+def test_a_reader_that_never_reads_again_is_let_go(serve: Callable[..., Running], words: Words) -> None:
+    limits = Limits(pending_tokens=1000, stalled_s=0.5)
+    server = serve(steady(words), limits=limits, context=10**9, send_buffer=8192)
     floor: Any = server.server._app.state.floor
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        host, port = server.url.removeprefix("http://").split(":")
-        connection.connect((host, int(port)))
-        connection.sendall(request_bytes(logprobs=True))  # for much to send
-        assert until(lambda: bool(server.engine.requests))
+    with stalled_on(server):
         assert server.idle()
         assert until(lambda: not floor.pulse._lines)
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from karakoram.cli.opening import Sampling, ServerSampling
+from karakoram.cli.opening import Sampling
+from karakoram.cli.terminal.remote import ServerSampling
 from karakoram.cli.terminal.view import AnswerView
 from karakoram.session import Turn
 

@@ -9,17 +9,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
 from karakoram.errors import InputError, KarakoramError
-from karakoram.session import Delta, Turn
+from karakoram.session import Delta, Turn, check_sampling
 
 MOST_LINE_BYTES = 16_000_000
 MOST_ERROR_CHARS = 500
 CONNECT_S = 10.0
 SILENCE_S = 600.0  # servers send something every few seconds while they think, or are slow machines
+
+
+@dataclass(frozen=True)
+class ServerSampling:
+    """What a server is asked for; None leaves it to the server."""
+
+    temperature: float | None
+    top_p: float | None
+
+    def __str__(self) -> str:
+        asked = {"temperature": self.temperature, "top_p": self.top_p}
+        given = [f"{name} {value:g}" for name, value in asked.items() if value is not None]
+        return ", ".join(given) or "the server's sampling"
 
 
 class RemoteSession:
@@ -133,6 +147,17 @@ class RemoteSession:
         return KarakoramError(
             f"{self.url} cannot be reached: {reason}.", "Is the server running? `k2 serve` starts one."
         )
+
+
+def open_remote(
+    url: str, model: str | None, api_key: str | None, temperature: float | None, top_p: float | None
+) -> tuple[RemoteSession, ServerSampling, str]:
+    """A session with a server, sampling as asked (None: the server's own), and what is said about both."""
+    session = RemoteSession(url, model, api_key)
+    if temperature is not None or top_p is not None:
+        check_sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p)
+    sampling = ServerSampling(temperature, top_p)
+    return session, sampling, f"{session.model} · {session.url} · {sampling}"
 
 
 class _Answer:

@@ -20,7 +20,7 @@ from karakoram.engine.constrain.regex import Chars, Either, Join, NothingMatches
 
 # A pattern that needs more is refused: 4,096 states take about 0.2 s and 1 MB.
 MAX_STATES = 4096
-MAX_NFA_STATES = 40_000
+MAX_NFA_STATES = 20_000
 DEAD = -1
 
 # Bytes that make a readable shortest text; any other byte comes after them in order.

@@ -25,6 +25,13 @@ from karakoram.engine.constrain.automaton import DEAD, DIGITS_FIRST, LETTERS_FIR
 from karakoram.engine.constrain.regex import literal, rust
 from karakoram.engine.constrain.vocabulary import Vocabulary
 
+# The shortest text of a grammar is kept and spelled as a whole; no output is as long.
+MAX_TEXT_BYTES = 32_768
+
+
+class TextTooLong(ValueError):
+    """The shortest text of a grammar exceeds `MAX_TEXT_BYTES`."""
+
 
 class Node:
     """What leaves and branches share. Immutable once made; compared by identity."""
@@ -40,6 +47,8 @@ class Node:
     """llguidance's terminal for the whole node, where it is one; the nodes below are then not written."""
 
     def _set(self, cost: int, text: bytes, jump: int, below: Sequence[Node] = ()) -> None:
+        if len(text) > MAX_TEXT_BYTES:
+            raise TextTooLong(f"The shortest text is longer than {MAX_TEXT_BYTES:,} bytes")
         self.cost, self.text, self.jump = cost, text, jump
         self.most_jump = max([jump, *(node.most_jump for node in below)])
         self.most_swing = max([0, *(node.most_swing for node in below)])
@@ -266,7 +275,7 @@ class Repeat(Node):
         self.item, self.low, self.high = item, low, high
         self._next: Repeat | None = None
         jump = item.jump if low == high else item.cost + item.jump
-        self._set(item.cost * low, item.text * low, jump, [item])
+        self._set(item.cost * low, item.text * min(low, MAX_TEXT_BYTES), jump, [item])
 
     def next(self) -> Repeat:
         """What may follow one item; itself where that changes nothing."""

@@ -14,7 +14,7 @@ of which raises the cost by at most the grammar's largest jump, and stops somewh
     left - 1 ≥ ceiling + most_choices · jump + swing     ample: the matcher's mask as it is
     else                                                 scarce: the plan's next token, or the next of the cheapest end;
                                                          within a string, plain text, where the ceiling allows it; and
-                                                         every allowed token, if they are few, else those of one byte,
+                                                         every allowed token, if they are few, else the handy ones,
                                                          that was tried on the front and fits
 
 So a text that runs out of budget can still go on in its own way, but towards its end, and at the end only one way is
@@ -59,7 +59,7 @@ class GuidedGrammar:
             if read == len(self.plan) and (matcher.is_accepting() or matcher.is_stopped()):
                 return
             if not matcher.is_error():
-                raise AssertionError(f"llguidance reads {read} of the {len(self.plan)} tokens of the shortest text")
+                raise InputError(f"llguidance reads only {read} of {len(self.plan)} tokens of the shortest text.")
         message = matcher.get_error().strip().splitlines()
         raise InputError(
             f"The grammar of this schema cannot be compiled: {message[0] if message else 'unknown error'}.",
@@ -138,10 +138,9 @@ class GuidedText:
         if front.quoted and room >= front.ceiling:
             np.bitwise_and(allowed, vocabulary.plain, out=row)
             allowed &= ~vocabulary.plain
-        tried = vocabulary.tokens(allowed) if np.bitwise_count(allowed).sum() <= MAX_TRIED else None
-        if tried is None:
-            tried = [token for token in vocabulary.bytewise if allowed[token >> 5] >> np.uint32(token & 31) & 1]
-        for token in tried:
+        if np.bitwise_count(allowed).sum() > MAX_TRIED:
+            allowed &= vocabulary.handy
+        for token in vocabulary.tokens(allowed):
             reached = front.after(vocabulary.spellings[token])
             if reached is not None and reached.cost <= room:
                 row[token >> 5] |= np.uint32(1 << (token & 31))

@@ -22,7 +22,7 @@ from karakoram.engine.constrain.automaton import occurs
 from karakoram.engine.constrain.regex import PatternError
 from karakoram.errors import SchemaError
 
-MAX_SCHEMA_BYTES = 262_144
+MAX_SCHEMA_BYTES = 131_072
 # Levels of JSON; a schema within a schema takes two. jsonschema checks a schema recursively and has room for 100.
 MAX_SCHEMA_DEPTH = 64
 

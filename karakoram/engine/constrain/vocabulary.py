@@ -5,8 +5,9 @@ programme from the right over the positions of the text, with every token that m
 `OPTIONAL` marks, places where one space may stand, as between JSON tokens; where a token such as `": "` saves one, the
 programme takes it.
 
-Two sets of tokens are kept as bit rows:
+Three sets of tokens are kept as bit rows:
   plain   whole UTF-8 characters without quote, backslash or control: such a token never ends a JSON string
+  handy   one byte, JSON's punctuation, or the end of a sentence and a string (616 of K2's): tried where not all can be
   all     every token of the tokenizer, without the ids that pad the model's vocabulary
 Special tokens are never text: llguidance gets them as special, and none of them is plain.
 """
@@ -33,6 +34,7 @@ _OPTIONAL = OPTIONAL[0]
 # Characters with which a string is filled up to its shortest length; all are plain, the first is taken among equals.
 FILLERS = b"a0 -_.xA"
 _CHOICES = re.compile(rb'[{\[,"]|[^{\[,"\]}: \n\r\t]+')
+_HANDY = re.compile(rb'[{}\[\]":, \n]{1,6}|[.!?)\']"[,}\]]?|.', re.DOTALL)
 _SPECIAL = re.compile(rb'["\\\x00-\x1f]')
 
 
@@ -65,8 +67,8 @@ class Vocabulary:
         self.plain = self.row(token for token, is_plain in enumerate(self.is_plain) if is_plain)
         self.most_choices: int = max(len(_CHOICES.findall(spelling)) for spelling in self.spellings)
         """The most things that one token begins of which each may be a choice: openers, commas, scalars. K2: 6."""
-        self.bytewise: tuple[int, ...] = tuple(self.ids[bytes([byte])] for byte in range(256))
-        """The tokens of one byte: any continuation begins with one of them."""
+        self.handy = self.row(token for token, spelling in enumerate(self.spellings) if _HANDY.fullmatch(spelling))
+        """The tokens of one byte, and those of JSON's punctuation: any continuation begins with one of them."""
         self.cost = lru_cache(4096)(self._cost)
         """How many tokens spell a text at least."""
         self.first = lru_cache(4096)(self._first)

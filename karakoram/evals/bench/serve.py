@@ -5,8 +5,8 @@
     server            one stream of /v1/chat/completions over SSE
     server, N streams all at once, each with a prompt of its own
 
-One stream is measured several times, engine and server in turn, and the medians are compared; greedy, going on past the
-end of the turn so that all streams are equally long, nothing guessed in either. Times are taken where the bytes arrive.
+One stream is measured several times, engine and server in turn, and the medians are compared; greedy, nothing guessed,
+and a bias against the ends of a turn makes all streams equally long. Times are taken where the bytes arrive.
 An event may carry several tokens when the reader was slow: inter-token times are those between events.
 """
 
@@ -103,20 +103,20 @@ def serve_bench(
 
     def rows(name: str, notes: list[str]) -> list[Served]:
         model, fmt = load_model(place), load_chat_format(place)
-        ids = fmt.encode(_messages(0))
+        ids, endless = fmt.encode(_messages(0)), dict.fromkeys(fmt.stop_ids, -100.0)
         with server(place, threads, name) as port:
             one, direct = list[Stream](), list[Stream]()
             with Engine(model, speculate=False) as engine:
                 for number in range(ROUNDS + 1):  # the first round warms up
                     say(f"one stream, round {number} of {ROUNDS}")
-                    direct.append(_direct(engine, ids, number, generate))
-                    one += asyncio.run(_load(port, 1, generate, number))
+                    direct.append(_direct(engine, ids, number, generate, endless))
+                    one += asyncio.run(_load(port, 1, generate, endless, number))
             say("one stream, deterministic")
             with Engine(model, speculate=False, deterministic=True) as engine:
-                fixed = [_direct(engine, ids, number, generate) for number in range(ROUNDS + 1)]
+                fixed = [_direct(engine, ids, number, generate, endless) for number in range(ROUNDS + 1)]
             say(f"{streams} streams")
-            asyncio.run(_load(port, streams, generate, 100))
-            many = asyncio.run(_load(port, streams, generate, 200))
+            asyncio.run(_load(port, streams, generate, endless, 100))
+            many = asyncio.run(_load(port, streams, generate, endless, 200))
         notes.append(f"{generate} tokens a stream; medians of {ROUNDS} rounds for one stream.")
         return _rows(direct[1:], fixed[1:], one[1:], many)
 
@@ -157,12 +157,13 @@ def _messages(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is {number} times {number + 17}, and why?"}]
 
 
-def _direct(engine: Engine, ids: list[int], number: int, generate: int) -> Stream:
+def _direct(engine: Engine, ids: list[int], number: int, generate: int, endless: dict[int, float]) -> Stream:
     """One stream of the engine; a token in the middle of the prompt differs, so nothing much is remembered."""
     prompt = list(ids)
     prompt[len(prompt) // 3] = 100 + number
     stream = Stream(time.perf_counter())
-    for news in engine.stream(Request(f"direct-{number}", prompt, generate, Sampling(temperature=0))):
+    sampling = Sampling(temperature=0, logit_bias=endless)
+    for news in engine.stream(Request(f"direct-{number}", prompt, generate, sampling)):
         stream.times.append(time.perf_counter())
         stream.tokens += len(news.tokens)
     return stream
@@ -175,7 +176,8 @@ def server(model_dir: str, threads: int, isa: str) -> Iterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "KARAKORAM_ISA": isa}
-    command = [sys.executable, "-m", "karakoram.cli.main", "serve", model_dir, "--port", str(port), "--no-speculate"]
+    door = "from karakoram.cli.main import run; run()"
+    command = [sys.executable, "-c", door, "serve", model_dir, "--port", str(port), "--no-speculate"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         _wait_until_ready(process, port)
@@ -202,20 +204,22 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     raise KarakoramError(f"The server was not ready after {START_S:.0f} s.", "Try `k2 serve` by itself.")
 
 
-async def _load(port: int, streams: int, generate: int, seed: int) -> list[Stream]:
+async def _load(port: int, streams: int, generate: int, endless: dict[int, float], seed: int) -> list[Stream]:
     """So many streams at once, from the moment when all are connected."""
     connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(streams)]
     return list(
         await asyncio.gather(
-            *(_ask(*connection, generate, seed + number) for number, connection in enumerate(connections))
+            *(_ask(*connection, generate, endless, seed + number) for number, connection in enumerate(connections))
         )
     )
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, generate: int, number: int) -> Stream:
+async def _ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, generate: int, endless: dict[int, float], number: int
+) -> Stream:
     body = {
         "messages": _messages(number), "stream": True, "max_tokens": generate, "temperature": 0,
-        "ignore_eos": True, "stream_options": {"include_usage": True},
+        "logit_bias": endless, "stream_options": {"include_usage": True},
     }  # fmt: skip
     data = json.dumps(body).encode()
     head = (
@@ -233,7 +237,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gener
         if line.startswith(b"data: "):
             if b'"content":"' in line or b'"reasoning_content":"' in line:
                 stream.times.append(time.perf_counter())
-            elif b'"usage":{' in line:
-                stream.tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+            elif b'"usage":' in line and (usage := json.loads(line[6:]).get("usage")):
+                stream.tokens = usage["completion_tokens"]
     writer.close()
     return stream

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any
 
+from karakoram.errors import SchemaError
 from karakoram.serve.openai import schemas
 from karakoram.serve.openai.answers import ChatCompletion
 from karakoram.serve.openai.conversation import (
     read_conversation,
     sampling_of,
     schema_of,
+    schema_path,
     stops_of,
     thinking_of,
     tool_choice_of,
@@ -74,6 +76,13 @@ class ChatCompletions(Surface):
             ignore_end=bool(body.ignore_eos),
         )
         return Call(chat, model, bool(body.stream), wishes_of(body))
+
+    def open(self, call: Call, service: Service) -> Sequence[Answer]:
+        try:
+            return super().open(call, service)
+        except SchemaError as error:
+            path = schema_path(error, call.chat.tools)
+            raise Refusal(400, str(error), path, "unsupported_schema") from error
 
     def events(self, call: Call, service: Service) -> ChatEvents:
         return ChatEvents(call)

@@ -12,10 +12,12 @@ there, two calls or two results under one id, a message that says nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from karakoram.engine.request import Sampling
+from karakoram.errors import SchemaError
 from karakoram.serve.openai import schemas
 from karakoram.serve.refusal import Refusal
 from karakoram.serve.service import Service
@@ -23,6 +25,7 @@ from karakoram.serve.service import Service
 EFFORT_TOKENS: dict[str, int | None] = {
     "none": 0, "minimal": 512, "low": 2_048, "medium": 8_192, "high": 32_768, "xhigh": None, "max": None,
 }  # fmt: skip
+_TOOL_NAMED = re.compile(r"Tool '([^']*)'")
 _LEAST_TOP_P = 1e-9  # OpenAI allows 0, which means the best token alone
 
 
@@ -174,6 +177,14 @@ def schema_of(body: schemas.ChatCompletionRequest) -> tuple[Mapping[str, Any] | 
     if more.choice is not None:
         return None, "|".join(_literal(choice) for choice in more.choice)
     return (more.json_ if schema is None else schema), more.regex
+
+
+def schema_path(error: SchemaError, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Where in the request a schema cannot be enforced: `tools[1].function.parameters.properties.city.pattern`."""
+    named = _TOOL_NAMED.match(str(error))
+    index = next((i for i, tool in enumerate(tools) if named and tool["function"]["name"] == named[1]), None)
+    root = "response_format.json_schema.schema" if index is None else f"tools[{index}].function.parameters"
+    return ".".join([root, *(step for step in error.where.split("/") if step), error.keyword])
 
 
 def _literal(text: str) -> str:

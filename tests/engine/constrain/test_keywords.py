@@ -121,7 +121,10 @@ IMPOSSIBLE: dict[str, tuple[Any, str]] = {
     "false items": ({"type": "array", "items": False, "minItems": 1}, "minItems"),
     "required false": ({"type": "object", "properties": {"b": False}, "required": ["b"]}, "required"),
     "required unknown": ({"type": "object", "additionalProperties": False, "required": ["b"]}, "required"),
-    "too few": ({"type": "object", "properties": {"b": {}}, "minProperties": 2}, "minProperties"),
+    "too few": (
+        {"type": "object", "properties": {"b": {}}, "additionalProperties": False, "minProperties": 2},
+        "minProperties",
+    ),
     "too many required": ({"type": "object", "required": ["b", "c"], "maxProperties": 1}, "minProperties"),
     "enum": ({"enum": ["a"], "type": "integer"}, ""),
     "without end": ({"$ref": "#/$defs/endless"}, "required"),
@@ -167,6 +170,10 @@ def test_broken_schemas_are_errors(setting: Setting, name: str, strict: bool) ->
     assert caught.value.keyword == keyword
 
 
+def _many(levels: int) -> Any:
+    return {"type": "array", "minItems": 900, "items": _many(levels - 1)} if levels else {"type": "string"}
+
+
 def _deep(levels: int) -> Any:
     return {"type": "object", "properties": {"a": _deep(levels - 1)}} if levels else {"type": "string"}
 
@@ -181,12 +188,26 @@ def _deep(levels: int) -> Any:
         ({"type": "object", "properties": {"a": {"type": "string", "minLength": 10**6}}}, "minLength"),
         ({"type": "object", "properties": {"a": {"type": "array", "items": {}, "minItems": 10**6}}}, "minItems"),
         ({"type": "object", "properties": {"a": {"const": "\ud800"}}}, "surrogate"),
+        (
+            {
+                "type": "object",
+                "properties": {f"p{n}": {"type": "string", "pattern": f"^.*{n}.{{15}}$"} for n in range(9)},
+            },
+            "pattern",
+        ),
+        (_many(4), "longer than"),
         ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?:[a-z]{1,90}x){1,90}$"}}}, "pattern"),
     ],
 )
 def test_sizes_are_bounded(setting: Setting, schema: Any, says: str) -> None:
     with pytest.raises(SchemaError, match=says):
-        setting.compiler.compile(shape_for(schema, "required"))
+        setting.compiler._grammars.schema(schema, True, False)
+
+
+def test_patterns_that_are_passed_over_cost_little_too(setting: Setting) -> None:
+    hard = {f"p{n}": {"type": "string", "pattern": f"^(?:a|b{n})*a.{{19}}$"} for n in range(200)}
+    with pytest.raises(SchemaError, match="too large"):
+        setting.compiler._grammars.schema({"type": "object", "properties": hard}, False, True)
 
 
 def test_large_schemas_are_fine(setting: Setting) -> None:

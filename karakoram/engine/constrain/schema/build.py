@@ -20,7 +20,7 @@ import json
 from typing import Any
 
 from karakoram.engine.constrain.automaton import automaton
-from karakoram.engine.constrain.grammar import EMPTY, Alt, Auto, Node, Seq, Words, optional, repeat
+from karakoram.engine.constrain.grammar import EMPTY, Alt, Auto, Node, Seq, TextTooLong, Words, optional, repeat
 from karakoram.engine.constrain.regex import NothingMatches, PatternError, Regex, join, literal, read_full, rust
 from karakoram.engine.constrain.schema.document import Document
 from karakoram.engine.constrain.schema.kinds import Conjunction, Kind, Kinds, conjunction
@@ -55,12 +55,15 @@ def build(vocabulary: Vocabulary, text: str, strict: bool, objects_only: bool) -
     for depth in (MAX_NESTING, MAX_NESTING // 2, MAX_NESTING // 4):
         document = Document(text, strict)
         schemas = [document.root, {"type": "object"}] if objects_only else [document.root]
+        builder = _Builder(vocabulary, document)
         try:
-            node = _Builder(vocabulary, document).place(conjunction(schemas), depth)
+            node = builder.place(conjunction(schemas), depth)
         except _TooLarge:
             continue
+        except TextTooLong as error:
+            raise SchemaError(f"{error}.", "Ask for fewer items or characters.", "minItems", "") from error
         if node is None:
-            keyword, where, why = document.impossible or ("", "", "leaves nothing")
+            keyword, where, why = document.reason(builder.possible)
             what = f"Nothing satisfies the schema: {keyword or 'it'} at {where or 'the root'} {why}."
             raise SchemaError(what, "Correct it.", keyword, where)
         return node
@@ -78,6 +81,8 @@ class _Builder:
         self._kinds_of: dict[tuple[int, ...], list[Kind]] = {}
         self._places: dict[tuple[tuple[int, ...], int], Node | None] = {}
         self._made = 0
+        self.possible: set[int] = set()
+        """Ids of schemas that are satisfied at some depth: recursion always runs out of levels somewhere."""
         self._gap, self._space = self._optional_space(_GAP), self._optional_space(_SPACE)
         self._comma = self._punctuation(",", True)
         self._colon = Seq(Words(vocabulary, [b":"]), self._space)
@@ -106,7 +111,9 @@ class _Builder:
         if key not in self._places:
             if identity not in self._kinds_of:
                 self._kinds_of[identity] = self._kinds.of(schemas)
-            self._places[key] = self._any_of(self._kinds_of[identity], depth)
+            node = self._places[key] = self._any_of(self._kinds_of[identity], depth)
+            if node is not None:
+                self.possible.update(id(kind.source) for kind in self._kinds_of[identity])
         return self._places[key]
 
     def _any_of(self, kinds: list[Kind], depth: int) -> Node | None:
@@ -186,21 +193,25 @@ class _Builder:
         return Seq(key, value)
 
     def _number(self, kind: Kind) -> Node | None:
-        try:
-            numbers, terminal = number_grammar(kind.interval, kind.integer, kind.multiples)
-        except NothingMatches:
-            self._document.note(kind.source, "minimum", "leaves no number")
-            return None
-        except PatternError as error:
-            self._document.refuse(kind.source, "multipleOf", f"cannot be enforced: {error}")
-            numbers, terminal = number_grammar(kind.interval, kind.integer, ())
-        return Auto(self._vocabulary, numbers, terminal)
+        for multiples in (kind.multiples, ()):
+            try:
+                numbers, terminal = number_grammar(kind.interval, kind.integer, multiples)
+            except NothingMatches:
+                break
+            except PatternError as error:
+                self._document.refuse(kind.source, "multipleOf", f"cannot be enforced: {error}")
+                continue
+            self._document.spend(len(numbers.rows))
+            return Auto(self._vocabulary, numbers, terminal)
+        self._document.note(kind.source, "minimum", "leaves no number")
+        return None
 
     # -------------------------------------------------------------------------------------------- arrays
 
     def _array(self, kind: Kind, depth: int) -> Node | None:
         if kind.low > MAX_LEAST:
-            raise SchemaError(f"minItems {kind.low:,} is more than {MAX_LEAST:,}.", "Lower it.", "minItems", "")
+            where = self._document.where(kind.source)
+            raise SchemaError(f"minItems {kind.low:,} is more than {MAX_LEAST:,}.", "Lower it.", "minItems", where)
         first: list[Node] = []
         own = max((len(schemas) for schemas, _ in kind.arrays), default=0)
         item: Node | None = None
@@ -254,8 +265,13 @@ class _Builder:
                 self._document.note(kind.source, "required", f"asks for {name!r}, which cannot be")
                 return None
         rules = [name for name in names if name.type != "value"]
-        free = None if kind.names and not rules else self._free_members(kind, rules, listed, depth)
-        inside = self._members(members, free, kind.low, kind.high)
+        free = inside = None
+        for is_open in (kind.open, True):
+            if not kind.names or rules:
+                free = self._free_members(kind, rules, listed, is_open, depth)
+            inside = self._members(members, free, kind.low, kind.high)
+            if inside is not None:
+                break
         if inside is None and free is not None and kind.low > 1:
             why = "cannot be enforced: free names might repeat, so only one of them would count"
             self._document.refuse(kind.source, "minProperties", why)
@@ -265,8 +281,11 @@ class _Builder:
             return None
         return self._enclosed("{", inside)
 
-    def _free_members(self, kind: Kind, rules: list[Kind], listed: tuple[str, ...], depth: int) -> Node | None:
-        """A member that the schema does not name: by a pattern, or additional; its name is of the kinds `rules`."""
+    def _free_members(
+        self, kind: Kind, rules: list[Kind], listed: tuple[str, ...], is_open: bool, depth: int
+    ) -> Node | None:
+        """A member that the schema does not name: by a pattern, or (if open) additional; its name is of the kinds
+        `rules`."""
         patterns = tuple(dict.fromkeys(pattern for members in kind.members for pattern in members.patterns))
         sorts: list[tuple[list[Any], list[str]]] = []
         for pattern in patterns:
@@ -275,7 +294,7 @@ class _Builder:
                 additional = True if members.additional is None else members.additional
                 schemas.append(members.patterns.get(pattern, additional))
             sorts.append((schemas, [pattern]))
-        if kind.open:
+        if is_open:
             sorts.append(([part.additional for part in kind.members if part.additional is not None], []))
         taken = [self._spell(name, kind.source) for name in listed]
         options: list[Node] = []

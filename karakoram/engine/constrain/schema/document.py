@@ -34,6 +34,9 @@ REFUSED = frozenset(
     "nullable discriminator".split()
 )
 
+# Of all patterns and number ranges together: some seconds' work.
+MAX_STATES = 200_000
+
 
 class Document:
     """One schema, parsed and checked as a whole. SchemaError if it is broken or too deep."""
@@ -46,8 +49,8 @@ class Document:
         self._anchors: dict[str, Any] = {}
         self._where: dict[int, str] = {}
         self._checked: set[int] = set()
-        self.impossible: tuple[str, str, str] | None = None
-        """(keyword, where, why) of something that nothing satisfies."""
+        self._spent = 0
+        self._impossible: dict[int, tuple[str, str, str]] = {}
         self._locate(self.root, "")
 
     def _locate(self, part: Any, where: str) -> None:
@@ -82,6 +85,13 @@ class Document:
         if "$id" in schema and schema is not self.root:
             self.refuse(schema, "$id", "inside a schema would change what references mean")
 
+    def spend(self, states: int) -> None:
+        """Count the states of an automaton, or the most there can be where one grew too large. SchemaError if all of
+        them are too many: any client may send a schema."""
+        self._spent += states
+        if self._spent > MAX_STATES:
+            raise SchemaError("The patterns of the schema are too large.", "Use fewer or simpler ones.", "pattern", "")
+
     def refuse(self, schema: Any, keyword: str, why: str) -> None:
         """SchemaError in a strict document, else nothing: the keyword is passed over."""
         if self.strict:
@@ -91,8 +101,12 @@ class Document:
 
     def note(self, schema: Any, keyword: str, why: str) -> None:
         """Remember what cannot be satisfied, for the error if it turns out that nothing else can."""
-        if self.impossible is None:
-            self.impossible = (keyword, self.where(schema), why)
+        self._impossible.setdefault(id(schema), (keyword, self.where(schema), why))
+
+    def reason(self, possible: set[int]) -> tuple[str, str, str]:
+        """(keyword, where, why) of what was found first that nothing satisfies, schemas of these ids apart."""
+        found = (reason for schema, reason in self._impossible.items() if schema not in possible)
+        return next(found, ("", "", "leaves nothing"))
 
     def resolve(self, schema: dict[str, Any]) -> Any:
         """The schema that `$ref` names: within this document. SchemaError; True where a lax one cannot find it."""

@@ -41,6 +41,8 @@ class Members:
     properties: dict[str, Any]
     patterns: dict[str, Any]
     additional: Any | None
+    names_some: bool
+    """Properties or patterns are given, be it none at all: others then need a word that allows them."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class Kind:
     def open(self) -> bool:
         """Whether properties that are not named may be written: if the schema says so, or says nothing of properties.
 
-        Where it names some and is silent about others, JSON Schema allows those too; here they are not written, since
-        a name that the schema does not know is in practice a misspelled one."""
-        spoken = any(member.properties or member.patterns for member in self.members)
+        Where it names some (or, by `"properties": {}`, none) and is silent about others, JSON Schema allows those too;
+        here they are not written, since a name that the schema does not know is in practice a misspelled one."""
+        spoken = any(member.names_some for member in self.members)
         return not spoken or any(member.additional is not None for member in self.members)
 
     def item(self, position: int | None) -> Conjunction | None:
@@ -237,8 +239,9 @@ class Kinds:
             if self._readable(schema, pattern)
         }
         additional = schema.get("additionalProperties")
-        if properties or patterns or additional is not None:
-            kind = replace(kind, members=(*kind.members, Members(properties, patterns, additional)))
+        names_some = "properties" in schema or "patternProperties" in schema
+        if names_some or additional is not None:
+            kind = replace(kind, members=(*kind.members, Members(properties, patterns, additional, names_some)))
         if "required" in schema:
             kind = replace(kind, required=tuple(dict.fromkeys([*kind.required, *schema["required"]])))
         if "propertyNames" in schema:
@@ -271,6 +274,9 @@ class Kinds:
         """oneOf is anyOf where no value that is written for one option satisfies another; else it is refused.
 
         Listed values are tried on the validator, which knows oneOf; here only kinds of a type are compared."""
+        if sum(map(len, options)) > MAX_KINDS:
+            where = self._document.where(schema)
+            raise SchemaError(f"The oneOf at {where or 'the root'} has too many options.", "Use anyOf.", "oneOf", where)
         for number, option in enumerate(options):
             for other in options[number + 1 :]:
                 if any(not self._exclusive(one, two, 3) for one in option for two in other):

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from karakoram.engine.constrain.automaton import Automaton, automaton, combined, repeated, words_automaton
+from karakoram.engine.constrain.automaton import (
+    MAX_NFA_STATES,
+    Automaton,
+    automaton,
+    combined,
+    repeated,
+    words_automaton,
+)
 from karakoram.engine.constrain.grammar import Auto, Node, Run, Seq, Words
 from karakoram.engine.constrain.regex import (
     ANY_CHAR,
@@ -38,7 +45,7 @@ from karakoram.engine.constrain.vocabulary import FILLERS, Vocabulary
 from karakoram.errors import SchemaError
 
 # Least lengths and counts beyond this are refused: no context holds them, and the shortest text is kept in memory.
-MAX_LEAST = 16_384
+MAX_LEAST = 4096
 # Where a pattern and a length hold together, a longer string is not written.
 MAX_COUNTED = 1000
 
@@ -67,11 +74,13 @@ class Strings:
             return self._run(kind, None, low, high)
         try:
             parts, terminals = self._limits(kind, regexes)
+            self._document.spend(sum(len(part.rows) for part in parts))
             return self._in_quotes(Auto(self._vocabulary, combined(parts), "", quoted=True), " & ".join(terminals))
         except NothingMatches:
             self._document.note(kind.source, "pattern", "matches nothing of the allowed length")
             return None
         except PatternError as error:
+            self._document.spend(MAX_NFA_STATES)
             self._document.refuse(kind.source, "pattern", f"cannot be enforced: {error}")
             return self._run(kind, None, low, high)
 

@@ -5,8 +5,13 @@
 //   probabilities = exp(scores − running maximum)          as in flash attention: sums are rescaled when it grows
 //   sums [heads, latent] += probabilitiesᵀ · cache rows    rows turned into panels of 16 latent values
 //
+// Few heads would leave most of a panel empty: each is multiplied by itself, 16 tokens at a time.
+//
 // A context is cut into pieces of 1,024 tokens, whatever the number of threads, and the pieces are merged in order: results
-// do not depend on who computed what. Source of the absorbed form: DeepSeek-V2 (arXiv 2405.04434, §2.1.2).
+// do not depend on who computed what. Neighbouring queries that see the same rows (new tokens of one sequence, sequences with a
+// prefix in common) go over a piece together, as if they were more heads: what lies behind the shorter ones counts for them as
+// -infinity, which changes no bit. Source of the absorbed form: DeepSeek-V2 (arXiv 2405.04434, §2.1.2).
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -22,7 +27,9 @@ using namespace k2;
 namespace {
 
 constexpr int64_t kPiece = 1024, kStretch = 128;
-constexpr int64_t kFewHeads = 8;
+constexpr int64_t kFewHeads = 8;  // 9 heads padded to 16 take as long as 9 one by one
+constexpr int64_t kTogether = 128;  // heads of neighbouring queries that share rows: their sums are 256 KB at latents of 512
+constexpr int64_t kPartialBytes = 64 << 20;  // of pieces that wait to be merged
 constexpr int64_t kAhead = 32;  // tokens: rows are fetched so far before they are multiplied
 
 struct Problem {
@@ -34,6 +41,8 @@ struct Problem {
   float scale;
 
   bool few() const { return heads <= kFewHeads; }
+  int64_t lanes() const { return few() ? heads : padded_heads; }  // of a query, in everything that has one for each head
+  int64_t query_bytes() const { return lanes() * padded_width * k->activation_bytes; }
   const uint16_t* row(int64_t b, int64_t t) const {
     const uint16_t* base = static_cast<const uint16_t*>(cache->data);
     if (!blocks) return base + b * cache->strides[0] + t * cache->strides[1];
@@ -43,13 +52,26 @@ struct Problem {
   }
 };
 
-struct Piece {  // one sequence's tokens [from, to)
-  int64_t b, from, to;
+struct Piece {  // tokens [from, to) of `count` queries from b on, which share rows; `longest` of them sees all these tokens
+  int64_t b, count, longest, from, to;
 };
 
-struct Partial {  // of a piece: [heads] maxima and sums, [heads, latent] weighted values
+struct Partial {  // of a piece: [lanes] maxima and sums, [lanes, latent] weighted values; query after query
   float *most, *sum, *values;
+
+  Partial of(const Problem& p, int64_t query) const {
+    return {most + query * p.lanes(), sum + query * p.lanes(), values + query * p.lanes() * p.padded_latent};
+  }
 };
+
+// Which queries' rows are in the same places: of tokens [from, to), which both see.
+bool share_rows(const Problem& p, int64_t a, int64_t b, int64_t from, int64_t to) {
+  if (!p.blocks) return p.cache->strides[0] == 0;
+  const int64_t size = p.cache->shape[1], first = from / size, last = (to - 1) / size;
+  const int32_t* table = static_cast<const int32_t*>(p.blocks->data);
+  return !memcmp(table + a * p.blocks->strides[0] + first, table + b * p.blocks->strides[0] + first,
+                 static_cast<size_t>(last - first + 1) * sizeof(int32_t));
+}
 
 // Queries of one sequence as tiles: [heads / 16][padded width] in the kernels' operand order; few heads one after another.
 void pack_queries(const Problem& p, int64_t b, char* tiles) {
@@ -82,7 +104,7 @@ void for_rows(const Problem& p, int64_t b, int64_t from, int64_t to, const F& wo
 
 // Blocks lie anywhere: the processor cannot guess the next one, and short contexts would wait for memory half of the time.
 void fetch(const Problem& p, const Piece& piece, int64_t from, int64_t tokens) {
-  for_rows(p, piece.b, from, from + tokens < piece.to ? from + tokens : piece.to, [&](int64_t, const uint16_t* row) {
+  for_rows(p, piece.longest, from, from + tokens < piece.to ? from + tokens : piece.to, [&](int64_t, const uint16_t* row) {
     for (int64_t i = 0; i < p.width; i += 32) __builtin_prefetch(row + i);
   });
 }
@@ -95,7 +117,7 @@ void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, c
   const int64_t depth = in_place ? p.width : p.padded_width;
   int64_t t = 0;
   while (t < tokens) {
-    const uint16_t* first = p.row(piece.b, from + t);
+    const uint16_t* first = p.row(piece.longest, from + t);
     int64_t run = tokens - t;
     if (p.blocks) {
       const int64_t left = p.cache->shape[1] - (from + t) % p.cache->shape[1];
@@ -112,12 +134,24 @@ void score(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, c
       }
       a = copy, lda = p.padded_width;
     }
-    const int64_t stride = p.padded_width * kPanel;
-    for (int64_t h = 0; h < p.padded_heads; h += 2 * kPanel)
-      k.gemm(run, a, lda, queries + h / kPanel * stride * k.activation_bytes, stride,
-             h + kPanel < p.padded_heads ? 2 : 1, depth, scores + t * p.padded_heads + h, p.padded_heads, false);
+    const int64_t stride = p.padded_width * kPanel, heads = piece.count * p.padded_heads;
+    for (int64_t h = 0; h < heads; h += 2 * kPanel)
+      k.gemm(run, a, lda, queries + h / kPanel * stride * k.activation_bytes, stride, h + kPanel < heads ? 2 : 1, depth,
+             scores + t * heads + h, heads, false);
     t += run;
   }
+}
+
+// How many of a stretch's tokens a query of a piece sees.
+int64_t seen(const Problem& p, const Piece& piece, int64_t query, int64_t from, int64_t tokens) {
+  const int64_t left = p.lengths[piece.b + query] - from;
+  return left < 0 ? 0 : left < tokens ? left : tokens;
+}
+
+void hide_unseen(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, float* scores) {
+  for (int64_t i = 0; i < piece.count; i++)
+    for (int64_t t = seen(p, piece, i, from, tokens); t < tokens; t++)
+      std::fill_n(scores + (t * piece.count + i) * p.padded_heads, p.padded_heads, -INFINITY);
 }
 
 // Few heads: a panel of 16 would mostly be padding. Every head is multiplied with 16 rows at a time, so that scores [head][t]
@@ -126,14 +160,14 @@ void score_few(const Problem& p, const Piece& piece, int64_t from, int64_t token
                const char* queries, float* scores) {
   for (int64_t t = 0; t < tokens; t += 16) {
     if (p.blocks) fetch(p, piece, from + t + kAhead, 16);
-    for (int64_t h = 0; h < p.heads; h++)
+    for (int64_t h = 0; h < piece.count * p.heads; h++)
       p.k->dots(rows + t, p.width, queries + h * p.padded_width * p.k->activation_bytes, scores + h * kStretch + t);
   }
 }
 
-// scores -> probabilities, 0 behind the tokens; `sum` has 16 lanes a head, all on the scale of the head's maximum.
-void soften_few(const Problem& p, int64_t tokens, float* scores, float* most, float* sum, float* fade) {
-  const int64_t padded = round_up(tokens, kGroup);
+// scores -> probabilities, 0 behind the tokens that are seen, up to `padded`; `sum` has 16 lanes a head, all on the scale of the
+// head's maximum.
+void soften_few(const Problem& p, int64_t tokens, int64_t padded, float* scores, float* most, float* sum, float* fade) {
   for (int64_t h = 0; h < p.heads; h++, scores += kStretch, sum += 16) {
     for (int64_t t = tokens; t < padded; t++) scores[t] = -INFINITY;
     alignas(64) float top[16], unused[16];
@@ -149,9 +183,9 @@ void soften_few(const Problem& p, int64_t tokens, float* scores, float* most, fl
   }
 }
 
-// sums += probabilities · values, for the latent part of the rows; probabilities are activations [head][t]
-void weigh(const Problem& p, int64_t tokens, const uint16_t** rows, const void* probabilities, char* tiles, char* copy,
-           float* values) {
+// sums += probabilities · values, for the latent part of the rows; probabilities are activations [lane][t]
+void weigh(const Problem& p, int64_t queries, int64_t tokens, const uint16_t** rows, const char* probabilities, char* tiles,
+           char* copy, float* values) {
   const Kernels& k = *p.k;
   const int64_t padded = round_up(tokens, kGroup);
   if (p.padded_latent > p.width)  // the last panel would read behind the row
@@ -163,56 +197,72 @@ void weigh(const Problem& p, int64_t tokens, const uint16_t** rows, const void* 
     }
   k.tile_values(rows, tokens, padded, p.padded_latent, tiles);
   const int64_t stride = padded * kPanel;
-  for (int64_t v = 0; v < p.padded_latent; v += 2 * kPanel)
-    k.gemm(p.heads, probabilities, kStretch, tiles + v / kPanel * stride * k.activation_bytes, stride,
-           v + kPanel < p.padded_latent ? 2 : 1, padded, values + v, p.padded_latent, true);
+  const bool no_gaps = p.lanes() == p.heads;  // all queries' heads are rows one after another
+  for (int64_t i = 0; i < (no_gaps ? 1 : queries); i++)
+    for (int64_t v = 0; v < p.padded_latent; v += 2 * kPanel)
+      k.gemm(no_gaps ? queries * p.heads : p.heads, probabilities + i * p.lanes() * kStretch * k.activation_bytes, kStretch,
+             tiles + v / kPanel * stride * k.activation_bytes, stride, v + kPanel < p.padded_latent ? 2 : 1, padded,
+             values + i * p.lanes() * p.padded_latent + v, p.padded_latent, true);
 }
 
 struct Space {  // of one thread, for one piece
-  float *scores, *fade;
+  float *scores, *fade, *sums;
   char *turned, *tiles, *copy;
 
-  bool take(const Problem& p) {
+  bool take(const Problem& p, int64_t queries) {
     const int64_t a = p.k->activation_bytes, widest = p.padded_width > p.padded_latent ? p.padded_width : p.padded_latent;
-    const int64_t scores_bytes = kStretch * p.padded_heads * 4, turned_bytes = p.padded_heads * kStretch * a;
-    char* room = static_cast<char*>(thread_scratch(2, scores_bytes + turned_bytes + p.padded_heads * 4 + 64));
+    const int64_t lanes = queries * p.lanes(), scores_bytes = kStretch * lanes * 4, turned_bytes = lanes * kStretch * a;
+    char* room = static_cast<char*>(thread_scratch(2, scores_bytes + turned_bytes + 17 * lanes * 4 + 64));
     tiles = static_cast<char*>(thread_scratch(0, kStretch * p.padded_latent * a));
     copy = static_cast<char*>(thread_scratch(3, kStretch * widest * 4));
     scores = reinterpret_cast<float*>(room), turned = room + scores_bytes;
-    fade = reinterpret_cast<float*>(turned + turned_bytes);
+    sums = reinterpret_cast<float*>(turned + turned_bytes), fade = sums + 16 * lanes;
     return room && tiles && copy;
   }
 };
 
+// Scores and probabilities of a stretch: activations [lane][t].
+const char* probabilities_of(const Problem& p, const Piece& piece, int64_t from, int64_t tokens, const uint16_t* const* rows,
+                             const char* queries, const Space& space, const Partial& out) {
+  const Kernels& k = *p.k;
+  const int64_t lanes = piece.count * p.lanes();
+  if (!p.few()) {
+    score(p, piece, from, tokens, queries, space.copy, space.scores);
+    hide_unseen(p, piece, from, tokens, space.scores);
+    k.softmax(space.scores, tokens, lanes, p.scale, out.most, out.sum, space.fade);
+    k.turn(space.scores, tokens, lanes, space.turned, kStretch);
+    return space.turned;
+  }
+  score_few(p, piece, from, tokens, rows, queries, space.scores);
+  for (int64_t i = 0, h = 0; i < piece.count; i++, h += p.heads)
+    soften_few(p, seen(p, piece, i, from, tokens), round_up(tokens, kGroup), space.scores + h * kStretch, out.most + h,
+               space.sums + 16 * h, space.fade + h);
+  if (k.activation_bytes == 4) return reinterpret_cast<const char*>(space.scores);
+  k.store_bf16(space.scores, lanes * kStretch, reinterpret_cast<uint16_t*>(space.turned));
+  return space.turned;
+}
+
 bool attend(const Problem& p, const Piece& piece, const char* queries, const Partial& out) {
   const Kernels& k = *p.k;
+  const int64_t lanes = piece.count * p.lanes();
   Space space;
-  if (!space.take(p)) return false;
-  for (int64_t h = 0; h < p.padded_heads; h++) out.most[h] = -INFINITY, out.sum[h] = 0;
-  memset(out.values, 0, p.padded_heads * p.padded_latent * 4);
-  alignas(64) float sums[16 * kFewHeads] = {};
+  if (!space.take(p, piece.count)) return false;
+  std::fill_n(out.most, lanes, -INFINITY);
+  std::fill_n(out.sum, lanes, 0.0f);
+  std::fill_n(out.values, lanes * p.padded_latent, 0.0f);
+  std::fill_n(space.sums, 16 * lanes, 0.0f);
   if (p.blocks) fetch(p, piece, piece.from, kAhead);
   for (int64_t from = piece.from; from < piece.to; from += kStretch) {
     const int64_t tokens = piece.to - from < kStretch ? piece.to - from : kStretch;
     const uint16_t* rows[kStretch];
-    for_rows(p, piece.b, from, from + tokens, [&](int64_t t, const uint16_t* row) { rows[t - from] = row; });
+    for_rows(p, piece.longest, from, from + tokens, [&](int64_t t, const uint16_t* row) { rows[t - from] = row; });
     for (int64_t t = tokens; t < round_up(tokens, 16); t++) rows[t] = rows[tokens - 1];
-    const void* probabilities = space.turned;
-    if (p.few()) {
-      score_few(p, piece, from, tokens, rows, queries, space.scores);
-      soften_few(p, tokens, space.scores, out.most, sums, space.fade);
-      if (k.activation_bytes == 4) probabilities = space.scores;
-      else k.store_bf16(space.scores, p.heads * kStretch, reinterpret_cast<uint16_t*>(space.turned));
-    } else {
-      score(p, piece, from, tokens, queries, space.copy, space.scores);
-      k.softmax(space.scores, tokens, p.padded_heads, p.scale, out.most, out.sum, space.fade);
-      k.turn(space.scores, tokens, p.padded_heads, space.turned, kStretch);
-    }
-    if (from > piece.from) k.scale_rows(out.values, p.heads, p.padded_latent, p.padded_latent, space.fade);
-    weigh(p, tokens, rows, probabilities, space.tiles, space.copy, out.values);
+    const char* probabilities = probabilities_of(p, piece, from, tokens, rows, queries, space, out);
+    if (from > piece.from) k.scale_rows(out.values, lanes, p.padded_latent, p.padded_latent, space.fade);
+    weigh(p, piece.count, tokens, rows, probabilities, space.tiles, space.copy, out.values);
   }
-  for (int64_t h = 0; p.few() && h < p.heads; h++)
-    for (int i = 0; i < 16; i++) out.sum[h] += sums[16 * h + i];
+  for (int64_t h = 0; p.few() && h < lanes; h++)
+    for (int i = 0; i < 16; i++) out.sum[h] += space.sums[16 * h + i];
   return true;
 }
 
@@ -278,6 +328,74 @@ k2_status check(Problem& p, const k2_tensor* lengths, int64_t latent, const k2_t
   return check_cache(p);
 }
 
+// Pieces of queries [first, last), piece by piece of the context, neighbours that share rows together. No bits depend on who
+// is together, so that as many pieces may be made as threads can use.
+std::vector<Piece> cut(const Problem& p, int64_t first, int64_t last) {
+  int64_t all = 0, longest = 0;
+  for (int64_t b = first; b < last; b++) all += (p.lengths[b] + kPiece - 1) / kPiece, longest = std::max(longest, p.lengths[b]);
+  const int64_t most = std::min(kTogether / p.lanes(), all / (2 * pool_threads()));
+  std::vector<Piece> pieces;
+  pieces.reserve(all);
+  for (int64_t from = 0; from < longest; from += kPiece)
+    for (int64_t b = first; b < last; b++) {
+      if (p.lengths[b] <= from) continue;
+      const int64_t to = std::min(from + kPiece, p.lengths[b]);
+      if (!pieces.empty()) {
+        Piece& before = pieces.back();
+        if (before.from == from && before.b + before.count == b && before.count < most &&
+            share_rows(p, before.longest, b, from, std::min(before.to, to))) {
+          before.count++;
+          if (to > before.to) before.to = to, before.longest = b;
+          continue;
+        }
+      }
+      pieces.push_back({b, 1, b, from, to});
+    }
+  return pieces;
+}
+
+// Queries [first, last) from beginning to end.
+k2_status decode(const Problem& p, int64_t first, int64_t last, const k2_tensor& out) {
+  const std::vector<Piece> pieces = cut(p, first, last);
+  std::vector<size_t> begin(last - first + 1, 0);  // of each query's parts
+  for (int64_t b = first; b < last; b++) begin[b - first + 1] = begin[b - first] + (p.lengths[b] + kPiece - 1) / kPiece;
+  const int64_t lane_floats = p.padded_latent + 2, each = p.lanes() * lane_floats;
+  if (!fits({static_cast<int64_t>(begin.back()), each, 4}) || !fits({last - first, p.query_bytes()}))
+    return fail(K2_BAD_SHAPE, "the sums of attention are larger than any memory");
+  const std::unique_ptr<void, void (*)(void*)> queries(allocate((last - first) * p.query_bytes()), free);
+  const std::unique_ptr<void, void (*)(void*)> room(allocate(begin.back() * each * sizeof(float)), free);
+  if (!queries || !room) return fail(K2_NO_MEMORY, "no memory for %zu pieces of attention", pieces.size());
+  std::vector<Partial> whole, parts(begin.back());
+  float* at = static_cast<float*>(room.get());
+  for (const Piece& piece : pieces) {
+    const int64_t lanes = piece.count * p.lanes();
+    whole.push_back({at, at + lanes, at + 2 * lanes});
+    for (int64_t i = 0; i < piece.count; i++)
+      parts[begin[piece.b - first + i] + piece.from / kPiece] = whole.back().of(p, i);
+    at += piece.count * each;
+  }
+  std::atomic<bool> good{true};
+  const auto query = [&](int64_t b) { return static_cast<char*>(queries.get()) + (b - first) * p.query_bytes(); };
+  const auto attend_to = [&](int64_t i) {
+    if (!attend(p, pieces[i], query(pieces[i].b), whole[i])) good = false;
+  };
+  const auto finish = [&](int64_t b) { merge_heads(p, parts, begin[b - first], begin[b - first + 1], b, out); };
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  if (static_cast<int64_t>(begin.back()) == last - first) {  // short contexts: all of a sequence at once
+    parallel(count, [&](int64_t i, int) {
+      const Piece& piece = pieces[i];
+      for (int64_t b = piece.b; b < piece.b + piece.count; b++) pack_queries(p, b, query(b));
+      attend_to(i);
+      for (int64_t b = piece.b; b < piece.b + piece.count; b++) finish(b);
+    });
+  } else {
+    parallel(last - first, [&](int64_t i, int) { pack_queries(p, first + i, query(first + i)); });
+    parallel(count, [&](int64_t i, int) { attend_to(i); });
+    if (good) parallel(last - first, [&](int64_t i, int) { finish(first + i); });
+  }
+  return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's stretch of attention");
+}
+
 }  // namespace
 
 extern "C" k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, const k2_tensor* blocks,
@@ -285,39 +403,12 @@ extern "C" k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, c
   Problem p{};
   p.k = &kernels(), p.q = q, p.cache = cache, p.blocks = blocks, p.scale = scale;
   K2_TRY(check(p, lengths, latent, out));
-  std::vector<Piece> pieces;
-  std::vector<size_t> first(p.batch + 1, 0);
-  for (int64_t b = 0; b < p.batch; b++) {
-    for (int64_t from = 0; from < p.lengths[b]; from += kPiece)
-      pieces.push_back({b, from, from + kPiece < p.lengths[b] ? from + kPiece : p.lengths[b]});
-    first[b + 1] = pieces.size();
+  const int64_t piece_bytes = p.lanes() * (p.padded_latent + 2) * 4;
+  for (int64_t first = 0, last = 0; first < p.batch; first = last) {
+    int64_t bytes = 0;
+    do bytes += (p.lengths[last++] + kPiece - 1) / kPiece * piece_bytes;
+    while (last < p.batch && bytes + (p.lengths[last] + kPiece - 1) / kPiece * piece_bytes <= kPartialBytes);
+    K2_TRY(decode(p, first, last, *out));
   }
-  if (!fits({static_cast<int64_t>(pieces.size()), p.padded_heads, p.padded_width + 4, 4}))
-    return fail(K2_BAD_SHAPE, "the sums of attention are larger than any memory");
-  const int64_t query_bytes = p.padded_heads * p.padded_width * p.k->activation_bytes;
-  const int64_t partial_floats = p.padded_heads * (p.padded_latent + 2);
-  const int64_t each = round_up(partial_floats * 4, 64);
-  std::unique_ptr<char, void (*)(void*)> queries(static_cast<char*>(aligned_alloc(64, round_up(p.batch * query_bytes + 64, 64))), free);
-  std::unique_ptr<char, void (*)(void*)> room(static_cast<char*>(aligned_alloc(64, round_up(each * pieces.size() + 64, 64))), free);
-  if (!queries || !room) return fail(K2_NO_MEMORY, "no memory for %zu pieces of attention", pieces.size());
-  std::vector<Partial> parts;
-  for (size_t i = 0; i < pieces.size(); i++) {
-    float* at = reinterpret_cast<float*>(room.get() + i * each);
-    parts.push_back({at, at + p.padded_heads, at + 2 * p.padded_heads});
-  }
-  std::atomic<bool> good{true};
-  const auto prepare = [&](int64_t b) { pack_queries(p, b, queries.get() + b * query_bytes); };
-  const auto attend_to = [&](int64_t i) {
-    if (!attend(p, pieces[i], queries.get() + pieces[i].b * query_bytes, parts[i])) good = false;
-  };
-  const auto finish = [&](int64_t b) { merge_heads(p, parts, first[b], first[b + 1], b, *out); };
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  if (count == p.batch) {  // short contexts: all of a sequence at once, the others are waited for once
-    parallel(count, [&](int64_t b, int) { prepare(b), attend_to(b), finish(b); });
-  } else {
-    parallel(p.batch, [&](int64_t b, int) { prepare(b); });
-    parallel(count, [&](int64_t i, int) { attend_to(i); });
-    if (good) parallel(p.batch, [&](int64_t b, int) { finish(b); });
-  }
-  return good ? K2_OK : fail(K2_NO_MEMORY, "no memory for a thread's stretch of attention");
+  return K2_OK;
 } K2_CATCH
