@@ -6,6 +6,7 @@ The port is bound first and the model loads in a thread, so that a taken port is
 Keys are better given by K2_API_KEY than by --api-key, which other users of the machine can read in the process list.
 """
 
+import gc
 import os
 import sys
 import threading
@@ -154,6 +155,8 @@ def open_service(opened: Any, engine_options: dict[str, Any]) -> Any:
     from karakoram.serve.service import Opened
     from karakoram.session.chat import ChatSession
 
+    gc.collect()
+    gc.freeze()  # a full collection over a model's millions of objects would stop every stream for tens of milliseconds
     engine = Engine(opened.model, **engine_options)
     sampling = opening.sampling_for(opened.directory, opened.fmt)
     # The dialects' defaults depend on whether the model thinks: those are left to the service.

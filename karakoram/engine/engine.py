@@ -19,17 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from karakoram.engine import masks
 from karakoram.engine.blocks import BLOCK_TOKENS, BlockPool
 from karakoram.engine.request import (
-    MAX_ALTERNATIVES,
-    Constraint,
     EngineStopped,
     Finish,
     Listener,
@@ -44,7 +42,7 @@ from karakoram.engine.scheduler import Scheduler
 from karakoram.engine.sequence import Sequence, chain
 from karakoram.engine.speculate import Guesser
 from karakoram.env import memory
-from karakoram.errors import ContextOverflow, InputError, KarakoramError
+from karakoram.errors import InputError, KarakoramError
 from karakoram.model.transformer import Transformer
 
 MOST_RUNNING = 64
@@ -52,7 +50,6 @@ MOST_WAITING = 1024
 MOST_BATCH_TOKENS = 512
 CACHE_SHARE = 0.5  # of the memory that is free when the engine is made; less is taken where it suffices
 
-Masks = dict[Sequence, "np.ndarray | KarakoramError | None"]
 _Told = tuple[Sequence, News]
 Ids = tuple[int, ...]
 Logprobs = tuple[TokenLogprob, ...]
@@ -96,7 +93,7 @@ class Engine:
 
     def submit(self, request: Request, listener: Listener) -> None:
         """See `TokenSource.submit`."""
-        self._check(request)
+        request.check(self.context, self.vocab_size)
         seed = request.sampling.seed
         sequence = Sequence(request, listener, secrets.randbits(63) if seed is None else seed)
         sequence.tokens, sequence.prompt_tokens = list(request.prompt), len(request.prompt)
@@ -184,29 +181,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, request: Request) -> None:
-        prompt, new = len(request.prompt), request.max_new_tokens
-        if not prompt:
-            raise InputError("The prompt has no tokens.", "Give some text.")
-        if new < 1:
-            raise InputError(f"max_new_tokens is {new}.", "Ask for at least 1 new token.")
-        if prompt + new > self.context:
-            raise ContextOverflow(
-                f"The prompt has {prompt} tokens; with {new} new that is {prompt + new}, but the context ends at "
-                f"{self.context}.",
-                "Shorten the prompt, or ask for fewer new tokens.", prompt + new, self.context,
-            )  # fmt: skip
-        low, high = min(request.prompt), max(request.prompt)
-        if low < 0 or high >= self.vocab_size:
-            raise InputError(
-                f"Token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}.",
-                "Use this model's tokenizer.",
-            )
-        for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
-            if count is not None and not 0 <= count <= MAX_ALTERNATIVES:
-                raise InputError(f"{name} is {count}.", f"{name} must be between 0 and {MAX_ALTERNATIVES}.")
-        request.sampling.check(self.vocab_size)
-
     # -------------------------------------------------------------------------------------------- the engine's thread
 
     def _run(self) -> None:
@@ -250,13 +224,13 @@ class Engine:
         pieces = self.scheduler.plan()
         if not pieces:
             return
-        constrained = _constrained(pieces)
-        masks = self._fillers.submit(_fill_masks, constrained, self.vocab_size) if constrained else None
+        constrained = masks.constrained(pieces)
+        filling = self._fillers.submit(masks.fill, constrained, self.vocab_size) if constrained else None
         started = time.perf_counter()
         told: list[_Told] = []
         try:
             logits_nV = self.runner.run(pieces)
-            self._advance(pieces, logits_nV, masks, told)
+            self._advance(pieces, logits_nV, {} if filling is None else filling.result(), told)
         except Exception as error:  # noqa: BLE001  whatever a pass dies of, the other requests go on
             text = f"The forward pass failed: {type(error).__name__}: {error}"
             lost = [piece.sequence for piece in pieces if piece.sequence.finish is None]
@@ -264,28 +238,18 @@ class Engine:
         self.scheduler.saw(pieces, (time.perf_counter() - started) * 1e3)
         self._deliver(told)
 
-    def _advance(self, pieces: list[Piece], logits_nV: Tensor, masks: Future[Masks] | None, told: list[_Told]) -> None:
+    def _advance(self, pieces: list[Piece], logits_nV: Tensor, filled: masks.Masks, told: list[_Told]) -> None:
         """Draw and append tokens; `told` takes what each sequence has to tell."""
-        filled: Masks = {} if masks is None else masks.result()
         rows, places, at = list[Row](), list[int](), 0
-        drawing: list[tuple[Piece, int, int]] = []  # piece, its first place among the rows, how many
+        spans: list[slice | None] = []  # of the rows that belong to each piece
         for piece in pieces:
-            sequence, first = piece.sequence, at
+            first = at
             at += piece.wanted
-            end = sequence.computed + piece.count
-            if sequence.request.prompt_logprobs is not None:
-                _keep_prompt_logprobs(piece, logits_nV[first:at])
-                first = at - 1 - len(piece.guesses)
-            if end < len(sequence.tokens):
-                continue
-            mask = filled.get(sequence)
-            if isinstance(mask, KarakoramError):
-                told.append((sequence, self._end(sequence, "error", str(mask))))
-                continue
-            drawing.append((piece, len(rows), at - first))
-            for number in range(at - first):
-                rows.append(Row(sequence, end + number, mask))
-                places.append(first + number)
+            drawn = self._rows_of(piece, logits_nV[first:at], filled, told)
+            spans.append(None if drawn is None else slice(len(rows), len(rows) + len(drawn)))
+            if drawn is not None:
+                rows.extend(drawn)
+                places.extend(range(at - len(drawn), at))
         chosen: list[int] = []
         raw_nV = logits_nV
         if rows:
@@ -293,18 +257,27 @@ class Engine:
                 raw_nV = logits_nV[torch.tensor(places)]
             wants_logprobs = any(row.sequence.request.logprobs is not None for row in rows)
             chosen = draw(raw_nV.clone() if wants_logprobs else raw_nV, rows)
-        drawn_from = {id(piece): (first, count) for piece, first, count in drawing}
-        for piece in pieces:
-            if piece.sequence.finish is not None:
-                continue
-            place = drawn_from.get(id(piece))
-            if place is None:
+        for piece, span in zip(pieces, spans, strict=True):
+            if span is not None:
+                told.append((piece.sequence, self._append(piece, chosen[span], raw_nV[span])))
+            elif piece.sequence.finish is None:
                 piece.sequence.computed += piece.count
                 self.scheduler.advanced(piece.sequence)
-            else:
-                first, count = place
-                span = slice(first, first + count)
-                told.append((piece.sequence, self._append(piece, chosen[span], raw_nV[span])))
+
+    def _rows_of(self, piece: Piece, logits_wV: Tensor, filled: masks.Masks, told: list[_Told]) -> list[Row] | None:
+        """The positions of a piece that are to be drawn, its last rows; None if none is yet, or the sequence has ended.
+
+        Log-probabilities of the prompt are kept on the way."""
+        sequence, end = piece.sequence, piece.sequence.computed + piece.count
+        if sequence.request.prompt_logprobs is not None:
+            _keep_prompt_logprobs(piece, logits_wV)
+        if end < len(sequence.tokens):
+            return None
+        mask = filled.get(sequence)
+        if isinstance(mask, KarakoramError):
+            told.append((sequence, self._end(sequence, "error", str(mask))))
+            return None
+        return [Row(sequence, end + number, mask) for number in range(1 + len(piece.guesses))]
 
     def _append(self, piece: Piece, chosen: list[int], raw_nV: Tensor) -> News:
         """Take over the drawn tokens, as far as the guesses before them were right."""
@@ -350,7 +323,7 @@ class Engine:
             self.tokens_in += sequence.prompt_tokens
         return News(
             sequence.request.id, new, finish, told, tuple(sequence.prompt_logprobs) if first else (),
-            max(sequence.cached_tokens, 0) if first else 0, error,
+            max(sequence.cached_tokens, 0) if first else 0, error, sequence.queued_s if first else 0.0,
         )  # fmt: skip
 
     def _deliver(self, told: list[_Told]) -> None:
@@ -393,26 +366,6 @@ def _stops(request: Request, token: int) -> bool:
     if request.constraint is not None:
         request.constraint.accept(token)
     return token in request.stop_ids or (request.stop_when is not None and request.stop_when(token))
-
-
-def _constrained(pieces: list[Piece]) -> list[Sequence]:
-    """The sequences that will draw a token under a constraint."""
-    ends = ((piece.sequence, piece.sequence.computed + piece.count) for piece in pieces)
-    return [one for one, end in ends if one.request.constraint is not None and end >= len(one.tokens)]
-
-
-def _fill_masks(sequences: list[Sequence], vocab_size: int) -> Masks:
-    """Their masks; an error in the place of one that cannot be had."""
-    masks: Masks = {}
-    for sequence in sequences:
-        constraint: Constraint | None = sequence.request.constraint
-        assert constraint is not None
-        row = np.zeros(-(-vocab_size // 32), np.uint32)
-        try:
-            masks[sequence] = row if constraint.fill(row, sequence.left) else None
-        except Exception as error:  # noqa: BLE001  a broken constraint ends its own request
-            masks[sequence] = KarakoramError(f"The constraint failed: {error}")
-    return masks
 
 
 def _keep_prompt_logprobs(piece: Piece, logits_nV: Tensor) -> None:

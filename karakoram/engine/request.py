@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from karakoram.errors import InputError, KarakoramError
+from karakoram.errors import ContextOverflow, InputError, KarakoramError
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 MAX_ALTERNATIVES = 20
@@ -110,6 +110,30 @@ class Request:
     constraint: Constraint | None = None
     client: str = ""
 
+    def check(self, context: int, vocab_size: int) -> None:
+        """Raise InputError (ContextOverflow for too many tokens) for what an engine of this size cannot do."""
+        prompt, new = len(self.prompt), self.max_new_tokens
+        if not prompt:
+            raise InputError("The prompt has no tokens.", "Give some text.")
+        if new < 1:
+            raise InputError(f"max_new_tokens is {new}.", "Ask for at least 1 new token.")
+        if prompt + new > context:
+            raise ContextOverflow(
+                f"The prompt has {prompt} tokens; with {new} new that is {prompt + new}, but the context ends at "
+                f"{context}.",
+                "Shorten the prompt, or ask for fewer new tokens.", prompt + new, context,
+            )  # fmt: skip
+        low, high = min(self.prompt), max(self.prompt)
+        if low < 0 or high >= vocab_size:
+            raise InputError(
+                f"Token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}.",
+                "Use this model's tokenizer.",
+            )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= MAX_ALTERNATIVES:
+                raise InputError(f"{name} is {count}.", f"{name} must be between 0 and {MAX_ALTERNATIVES}.")
+        self.sampling.check(vocab_size)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -122,8 +146,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What one step brought one request. `cached_tokens` (of the prompt, taken from earlier requests) stands in the
-    first news, `prompt_logprobs` too; `error` says what happened where `finish` is "error"."""
+    """What one step brought one request. The first news has `cached_tokens` (of the prompt, taken from earlier
+    requests), `queued_s` (until it was let in) and `prompt_logprobs`; `error` says what happened where `finish` is
+    "error"."""
 
     id: str
     tokens: tuple[int, ...] = ()
@@ -132,6 +157,7 @@ class News:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
     error: str = ""
+    queued_s: float = 0.0
 
 
 Listener = Callable[[Sequence[News]], None]

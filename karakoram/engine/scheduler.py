@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 
@@ -144,14 +145,9 @@ class Scheduler:
         if not decoding:
             return budget
         allowed, tokens = max(SLOWER * (self.costs.ms(decoding) or 0.0), STALL_MS), LEAST_PIECE
-        took = self._prompt_costs.ms(tokens) or 0.0
-        while 2 * tokens <= budget:
-            known = self._prompt_costs.ms(2 * tokens)
-            took = 2 * took if known is None else known
-            if took > allowed:
-                break
+        while tokens < budget and self._prompt_costs.estimate(min(2 * tokens, budget)) <= allowed:
             tokens *= 2
-        return min(budget, tokens)
+        return min(tokens, budget)
 
     def _prompt_piece(self, sequence: Sequence, budget: int) -> Piece | None:
         if sequence not in self.running:
@@ -206,6 +202,7 @@ class Scheduler:
         sequence.pending = hashes
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = sequence.computed
+            sequence.queued_s = time.perf_counter() - sequence.submitted_at
             self.prefix_hits += sequence.computed
             self.prefix_queries += len(sequence.tokens)
         return True

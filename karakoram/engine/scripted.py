@@ -35,6 +35,7 @@ class ScriptedEngine:
 
     def submit(self, request: Request, listener: Listener) -> None:
         """See `TokenSource`."""
+        request.check(self.context, self.vocab_size)
         with self._lock:
             if self._closed:
                 raise EngineStopped("The engine has been closed.", "Start the server again.")

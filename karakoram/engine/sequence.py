@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
@@ -24,13 +25,14 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     computed: int = 0
+    submitted_at: float = field(default_factory=time.perf_counter)
+    queued_s: float = 0.0
     cached_tokens: int = -1  # -1: not admitted yet; told once, in the first news
     nodes: list[Node] = field(default_factory=list)
     private: list[int] = field(default_factory=list)
     new_tokens: int = 0
     counts: dict[int, int] = field(default_factory=dict)  # of new tokens, for presence and frequency
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    cancelled: bool = False
     finish: Finish | None = None
     hashes: list[int] = field(default_factory=list)  # of the prompt's whole blocks; see `chain`
     pending: list[int] = field(default_factory=list)  # those that this sequence is computing for all

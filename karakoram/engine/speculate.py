@@ -84,3 +84,9 @@ class PassCosts:
     def ms(self, tokens: int) -> float | None:
         """How long a pass over about so many tokens takes; None where none was seen."""
         return self._ms.get(tokens.bit_length())
+
+    def estimate(self, tokens: int) -> float:
+        """How long it may take where it was not seen: in proportion to the nearest longer pass, else the longest."""
+        bucket = tokens.bit_length()
+        near = min((known for known in self._ms if known >= bucket), default=max(self._ms, default=None))
+        return 0.0 if near is None else self._ms[near] * 2.0 ** (bucket - near)

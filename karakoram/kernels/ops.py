@@ -5,6 +5,7 @@
     mlp         SwiGLU with packed matrices              shared experts, dense layers
     moe         the routed experts of a layer            int4, bf16, fp8
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
+    mla_prefill the same expanded, for pieces of prompts  kv_b as `linear`
     rms_norm, latent_append, route                       what lies between, one call each
     decode_layers, decode_attention                      all of the above for whole layers, in one call
 
@@ -335,6 +336,28 @@ def mla_decode(
         describe(lengths_B), ctypes.c_int64(latent), ctypes.c_float(scale), describe(out_BHL),
     )  # fmt: skip
     return out_BHL
+
+
+def mla_prefill(
+    q_nope_THN: Tensor,
+    q_rope_THR: Tensor,
+    latent_SL: Tensor,
+    k_rope_SR: Tensor,
+    kv_b: PackedMatrix,
+    lengths_T: Tensor,
+    scale: float,
+    implementation: str | None = None,
+) -> Tensor:
+    """Expanded attention of many queries over one sequence: bf16 -> [T, H, V]; see `reference.mla_prefill`."""
+    if (lib := chosen(implementation)) is None:
+        return reference.mla_prefill(q_nope_THN, q_rope_THR, latent_SL, k_rope_SR, kv_b, lengths_T, scale)
+    tokens, heads, nope = q_nope_THN.shape
+    out_THV = torch.empty(tokens, heads, kv_b.outputs // heads - nope, dtype=q_nope_THN.dtype)
+    lib.call(
+        "k2_mla_prefill", describe(q_nope_THN), describe(q_rope_THR), describe(latent_SL), describe(k_rope_SR),
+        _packed(kv_b), describe(lengths_T), ctypes.c_float(scale), describe(out_THV),
+    )  # fmt: skip
+    return out_THV
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, implementation: str | None = None) -> Tensor:

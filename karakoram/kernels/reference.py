@@ -81,6 +81,29 @@ def mla_decode(
     return torch.stack(out).to(q_BHx.dtype)
 
 
+def mla_prefill(
+    q_nope_THN: Tensor,
+    q_rope_THR: Tensor,
+    latent_SL: Tensor,
+    k_rope_SR: Tensor,
+    kv_b: PackedMatrix,
+    lengths_T: Tensor,
+    scale: float,
+) -> Tensor:
+    """Keys and values multiplied out, rounded, then softmax(q · keysᵀ · scale) · values: [T, H, V].
+
+    kv_b [H·(N + V), L] makes of a latent each head's N numbers of a key, which the rope key follows, and V of a value.
+    Query t sees the first lengths[t] tokens.
+    """
+    heads, nope = q_nope_THN.shape[1:]
+    kv_SHx = linear(latent_SL, kv_b, latent_SL.dtype).unflatten(-1, (heads, -1)).float()
+    scores_HTS = torch.einsum("thn,shn->hts", q_nope_THN.float(), kv_SHx[..., :nope])
+    scores_HTS = scores_HTS + torch.einsum("thr,sr->hts", q_rope_THR.float(), k_rope_SR.float())
+    hidden_TS = torch.arange(len(latent_SL)) >= lengths_T[:, None]
+    p_HTS = (scores_HTS * scale).masked_fill(hidden_TS, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shv->thv", p_HTS, kv_SHx[..., nope:]).to(q_nope_THN.dtype)
+
+
 def latent_append(
     kv_nx: Tensor,
     norm_L: Tensor,

@@ -1,8 +1,8 @@
 """The latent cache: what MLA remembers of a token, 576 numbers a layer for K2 (512 latent + 64 rope key).
 
 **Contiguous.** A slot *is* a position: row b keeps the token at position p in slot p. A query at position p sees the
-slots 0…p. That one rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their padding
-above p, where no query looks before it has been overwritten), without a mask that anyone must carry around.
+slots 0…p. That one rule serves prefill, decode, and batches of unequal lengths (right-padded prompts write their
+padding above p, where no query looks before it has been overwritten), without a mask that anyone must carry around.
 
 **In blocks**, for many sequences at once: everything but attention looks at one token at a time, so sequences of any
 number and length are simply concatenated, [1, T]. Attention finds in a `PagedPass` where each new token's row goes and

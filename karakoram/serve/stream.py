@@ -262,7 +262,7 @@ class NewsDesk:
                 if run is None:
                     continue
                 if news.tokens:
-                    _observe(metrics, run, at, len(news.tokens))
+                    _observe(metrics, run, at, news)
                 if news.finish is not None:
                     del runs[news.id]
                     self._end(run, news, at)
@@ -303,11 +303,13 @@ class NewsDesk:
             self.cut_off(exchange, Refusal(503, "The engine has been stopped.", code="engine_stopped"))
 
 
-def _observe(metrics: Metrics, run: _Run, at: float, tokens: int) -> None:
+def _observe(metrics: Metrics, run: _Run, at: float, news: News) -> None:
+    tokens = len(news.tokens)
     if run.tokens:
         metrics.between.observe((at - run.last) / tokens, tokens)
     else:
         metrics.first_token.observe(at - run.exchange.arrived)
+        metrics.queued.observe(news.queued_s)
         run.first = at
     run.last = at
     run.tokens += tokens

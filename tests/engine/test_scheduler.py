@@ -52,7 +52,6 @@ class Played:
         self.scheduler = Scheduler(self.pool, lambda *copy: self.copies.append(copy), most_running, most_tokens)
         self.order: list[str] = []  # of first pieces
         self.ends: list[str] = []
-        self.ms_per_prompt_token = 1e-3
         for tokens in (1, 2, 4, 8, 16, 32):
             self.scheduler.costs.saw(tokens, 1.0)
 
@@ -65,7 +64,6 @@ class Played:
         scheduler = self.scheduler
         pieces = scheduler.plan()
         scheduler.saw(pieces, 1.0)
-        scheduler._ms_per_prompt_token = self.ms_per_prompt_token
         self.check(pieces)
         for piece in pieces:
             one = piece.sequence
@@ -267,16 +265,19 @@ def test_prompts_share_a_pass_and_decoding_goes_first() -> None:
 
 
 def test_beside_decoding_a_prompts_pieces_are_as_long_as_time_allows() -> None:
-    """Passes of one decoding token take 1 ms, a prompt's token 0.05 ms: 1.5 passes' time is 30 tokens, and 32 is the
-    least; ten times faster it is 300."""
-    for ms_per_token, expected in ((0.05, 32), (0.005, 300)):
+    """A pass of one decoding token takes 20 ms, so 30 ms may be added: 64 tokens have taken 24 and 128 took 48; where
+    512 took 24, all of the prompt goes."""
+    for seen, took, expected in ((64, 24.0, 64), (512, 24.0, 400), (512, 4000.0, 32)):
         played = Played(64, most_tokens=512)
         played.put(sequence("a", [1] * 10, 50))
         played.step()
-        played.ms_per_prompt_token = ms_per_token
-        played.step()
+        played.scheduler.costs, played.scheduler._prompt_costs = PassCosts(), PassCosts()
+        played.scheduler.costs.saw(1, 20.0)
+        played.scheduler._prompt_costs.saw(seen, took)
+        if seen == 64:
+            played.scheduler._prompt_costs.saw(128, 48.0)
         played.put(sequence("b", [2] * 400))
-        counts = {piece.sequence.request.id: piece.count for piece in played.step()}
+        counts = {piece.sequence.request.id: piece.count for piece in played.scheduler.plan()}
         assert counts == {"a": 1, "b": expected}
 
 
@@ -288,6 +289,13 @@ def test_costs_are_learnt_from_passes() -> None:
     played.scheduler.saw([one], 2.0)
     assert played.scheduler.costs.ms(1) == 2.0
     played.scheduler.saw([one, forty], 10.0)
-    assert played.scheduler._ms_per_prompt_token == pytest.approx(8 / 40)
-    played.scheduler.saw([forty], 40.0)
-    assert 8 / 40 < played.scheduler._ms_per_prompt_token < 1.0
+    assert played.scheduler._prompt_costs.ms(40) == pytest.approx(8)  # the decoding token's share is known
+    played.scheduler.saw([forty], 18.0)
+    assert 8 < (played.scheduler._prompt_costs.ms(40) or 0) < 18
+
+
+def test_what_was_not_seen_is_estimated_in_proportion() -> None:
+    costs = PassCosts()
+    assert costs.estimate(100) == 0.0
+    costs.saw(256, 8.0)
+    assert costs.estimate(64) == 2.0 and costs.estimate(512) == 16.0 and costs.estimate(300) == 8.0

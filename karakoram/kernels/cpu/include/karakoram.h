@@ -102,6 +102,12 @@ void k2_moe_drop(k2_moe* handle);
 k2_status k2_mla_decode(const k2_tensor* q, const k2_tensor* cache, const k2_tensor* blocks, const k2_tensor* lengths,
                         int64_t latent, float scale, k2_tensor* out);
 
+// Expanded latent attention of many queries over one sequence: keys and values are multiplied out from its latents. q_nope bf16
+// [T, H, N], q_rope bf16 [T, H, R], latent bf16 [S, L], k_rope bf16 [S, R], kv_b packed [H·(N + V), L], N and V multiples of 16;
+// query t sees the first lengths[t] (i64 [T]) tokens. out f32 or bf16 [T, H, V].
+k2_status k2_mla_prefill(const k2_tensor* q_nope, const k2_tensor* q_rope, const k2_tensor* latent, const k2_tensor* k_rope,
+                         const k2_tensor* kv_b, const k2_tensor* lengths, float scale, k2_tensor* out);
+
 // Before attention, for new tokens, `tokens_per_row` of each cache row after another: kv bf16 [n, L + R] is normed (norm bf16
 // [L]) and rotated (cos, sin f32 [n, R/2], pairs interleaved) into cache bf16 [B, S, L + R] at positions i64 [n]; q_rope bf16
 // [n, H, R] is rotated into queries[:, :, L:], queries bf16 [n, H, L + R].
