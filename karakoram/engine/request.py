@@ -97,6 +97,7 @@ class Request:
     logprobs          None: none; n: log-probability of each token, and of the n best ones
     prompt_logprobs   the same for the prompt's tokens from the second on
     client            who asks: waiting clients take turns
+    banned            ids that are never drawn
     """
 
     id: str
@@ -109,6 +110,7 @@ class Request:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     client: str = ""
+    banned: tuple[int, ...] = ()
 
     def check(self, context: int, vocab_size: int) -> None:
         """Raise InputError (ContextOverflow for too many tokens) for what an engine of this size cannot do."""

@@ -75,7 +75,7 @@ def _chance(row: Row) -> float:
 
 
 def _adjust(values_V: np.ndarray, row: Row) -> None:
-    """Bias, penalties and mask, in place."""
+    """Bias, penalties, ban and mask, in place."""
     sequence, sampling = row.sequence, row.sequence.request.sampling
     for token, bias in sampling.logit_bias.items():
         values_V[token] += bias
@@ -87,6 +87,8 @@ def _adjust(values_V: np.ndarray, row: Row) -> None:
         seen = np.fromiter(sequence.counts.keys(), np.int64, len(sequence.counts))
         often = np.fromiter(sequence.counts.values(), np.float32, len(sequence.counts))
         values_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * often
+    for token in sequence.request.banned:
+        values_V[token] = -np.inf
     if row.mask is not None:
         allowed = np.unpackbits(row.mask.view(np.uint8), count=len(values_V), bitorder="little")
         values_V[allowed == 0] = -np.inf

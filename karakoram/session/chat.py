@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from karakoram.chat.dialects import CALL_BEGIN, SECTION_BEGIN
 from karakoram.chat.format import ChatFormat
 from karakoram.chat.messages import Message, read_messages, read_tools
 from karakoram.chat.template import Written
@@ -55,6 +56,9 @@ class ChatSession:
         self.source, self.fmt = source, fmt
         self.store = EmittedStore() if store is None else store
         self.invalid_calls = 0
+        # Who declared no tools must get no call; with tools, the constraint sees to it.
+        special = fmt.tokenizer.special_ids
+        self._calls = tuple(special[marker] for marker in (SECTION_BEGIN, CALL_BEGIN) if marker in special)
         self._compiler = Compiler(fmt.tokenizer, source.vocab_size, fmt.stop_ids, fmt.facts.think)
         self._lock = threading.Lock()
 
@@ -192,7 +196,7 @@ class ChatSession:
             sampling = replace(sampling, seed=(sampling.seed + index * 0x9E3779B97F4A7C15) % 2**63)
         return Request(
             name, opened.prompt, limit, sampling, ends | frozenset(chat.stop_token_ids), stop_when, chat.logprobs,
-            None, constraint, chat.client,
+            None, constraint, chat.client, self._calls if constraint is None else (),
         )  # fmt: skip
 
     def _check(self, chat: ChatRequest) -> None:

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karakoram.engine import sampler
-from karakoram.engine.request import Sampling
+from karakoram.engine.request import Request, Sampling
 from karakoram.engine.sampler import CANDIDATES, Row, draw, logprobs, uniform
+from karakoram.engine.sequence import Sequence as Running
 from tests.engine.naive_sampler import adjusted, probabilities, sequence
 
 GRID = 400
@@ -291,3 +292,11 @@ def test_drawing_does_not_run_out_of_a_mask_between_calls() -> None:
     for _ in range(3):
         draw(torch.randn(2, 12), [Row(sequence(Sampling(seed=next(calls))), 3, mask)] * 2)
     assert (mask == before).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_banned_is_never_drawn(temperature: float) -> None:
+    request = Request("r", [1], 9, Sampling(temperature=temperature, seed=3, logit_bias={5: 100.0}), banned=(5, 6))
+    logits = torch.tensor([[0.0, 1.0, 2.0, 1.0, 0.0, 9.0, 9.0]])
+    drawn = {draw(logits.clone(), [Row(Running(request, lambda _: None, 3), place)])[0] for place in range(200)}
+    assert drawn == ({2} if temperature == 0 else {0, 1, 2, 3, 4})

@@ -260,9 +260,11 @@ def test_a_schema_that_cannot_be_enforced_names_the_keyword(talk: Talk) -> None:
     assert answer.request.constraint is not None
 
 
-def test_free_text_has_no_constraint(talk: Talk) -> None:
+def test_free_text_has_no_constraint_but_no_calls_either(talk: Talk) -> None:
     [answer] = talk.session.open(ChatRequest([USER]), "r")
+    special = talk.fmt.tokenizer.special_ids
     assert answer.request.constraint is None
+    assert set(answer.request.banned) == {special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"]}
 
 
 def test_invalid_calls_are_counted(talk: Talk) -> None:
