@@ -12,11 +12,15 @@ and the weights were trained so. Softmax runs in float32.
 Legend: B batch, T queries, S slots (keys), H heads, D hidden, N nope, R rope, V value, L latent.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
+from karakoram.model import forms
 from karakoram.model.backward.causal import causal_attention
 from karakoram.model.cache import Cache, PagedPass
 from karakoram.model.layers import RMSNorm, linear
@@ -24,9 +28,8 @@ from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch
 
 LATENT_NORM_EPS = 1e-6
-# Up to so many new tokens a row, attention over a cache runs absorbed. Absorbed costs H·S·(2L + R) a query, expanded
-# pays H·S·L·(N + V) once: at K2's sizes they meet near 150 queries; a few speculative tokens are the practical use
-# below that.
+# Up to so many new tokens a row, attention over a cache runs absorbed, whatever the context; beyond, in the form that
+# takes less time (`forms.py`).
 ABSORB_UP_TO = 16
 
 
@@ -72,8 +75,39 @@ class LatentAttention(nn.Module):
         latent, k_rope = cache.append(self.layer, latent, k_rope, positions_BT)
         latent, k_rope = latent.to(x_BTD.dtype), k_rope.to(x_BTD.dtype)
         visible_BTS = torch.arange(latent.shape[1], device=latent.device) <= positions_BT[..., None]
-        attend = self.absorbed if x_BTD.shape[1] <= ABSORB_UP_TO else self.expanded
+        attend = self.absorbed if self.absorbs(x_BTD.shape[1], latent.shape[1]) else self.expanded
         return self.o_proj(attend(q_nope, q_rope, latent, k_rope, visible_BTS))
+
+    def absorbs(self, count: int, tokens: int) -> bool:
+        """Whether `count` new tokens of a sequence of `tokens` attend absorbed. May have to measure, once."""
+        return count <= ABSORB_UP_TO or self.costs().absorbs(count, tokens)
+
+    def costs(self) -> forms.Costs:
+        """Of both forms, here."""
+        c, (name, dtype, device) = self.config, self.runs_on()
+
+        def probe(form: Callable[..., Tensor], count: int, tokens: int) -> None:
+            of_query, of_token = (1, count, c.num_attention_heads), (1, tokens)
+            sizes = (
+                (*of_query, c.qk_nope_head_dim), (*of_query, c.qk_rope_head_dim),
+                (*of_token, c.kv_lora_rank), (*of_token, c.qk_rope_head_dim),
+            )  # fmt: skip
+            with torch.no_grad():
+                visible = torch.ones(1, count, tokens, dtype=torch.bool, device=device)
+                form(*(torch.full(size, 0.1, dtype=dtype, device=device) for size in sizes), visible)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+        return forms.costs(f"{name}, {shape_of(c)}", partial(probe, self.absorbed), partial(probe, self.expanded))
+
+    def runs_on(self) -> tuple[str, torch.dtype, torch.device]:
+        """What computes both forms, and on what."""
+        weight = self.kv_b_proj.weight
+        return (
+            f"torch {weight.dtype} on {weight.device}, {torch.get_num_threads()} threads",
+            weight.dtype,
+            weight.device,
+        )
 
     def paged(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, batch: PagedPass) -> Tensor:
         """Attention of a ragged batch whose rows are written: [1, T, H·V]."""
@@ -141,6 +175,12 @@ class LatentAttention(nn.Module):
         p_BHTS = scores_BHTS.softmax(-1).to(latent_BSL.dtype)
         mixed_BTHL = torch.einsum("bhts,bsl->bthl", p_BHTS, latent_BSL)
         return torch.einsum("bthl,hvl->bthv", mixed_BTHL, value_HVL).flatten(-2)
+
+
+def shape_of(c: ModelConfig) -> str:
+    """What the costs of attention depend on."""
+    sizes = (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
+    return "heads, latent, nope, rope, value " + " ".join(map(str, sizes))
 
 
 def scaled_attention(

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A K2-shaped language model; weights are uninitialised until they are loaded, or drawn by `model.initialize`."""
+    """A K2-shaped language model; weights are uninitialised until they are loaded, or drawn by `train.initialize`."""
 
     def __init__(
         self,

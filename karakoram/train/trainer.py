@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from karakoram.errors import TrainingError
-from karakoram.model.initialize import initialize
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
 from karakoram.train import resume as saved
@@ -24,6 +23,7 @@ from karakoram.train.balance import balance
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.fuse import fuse
+from karakoram.train.initialize import initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.masters import Masters
 from karakoram.train.metrics import Metrics

@@ -1,7 +1,7 @@
 """Small models whose greedy outputs wander: the smallest K2 shape with weights that make attention and experts matter.
 
 Every matrix is normal with standard deviation fan_in^-0.5 (embeddings 1): activations keep their size, and no layer is
-an almost-identity as in `model.initialize`, so that a wrong position or a lost block shows in the first token.
+an almost-identity as in `train.initialize`, so that a wrong position or a lost block shows in the first token.
 """
 
 from pathlib import Path

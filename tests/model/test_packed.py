@@ -12,11 +12,11 @@ from torch import Tensor
 from karakoram.config import ModelConfig
 from karakoram.env import bundled_model_dir
 from karakoram.kernels import ops
-from karakoram.model.initialize import initialize
 from karakoram.model.load import load_model
 from karakoram.model.packed.modules import PackedAttention, PackedBank
 from karakoram.model.transformer import Transformer
 from karakoram.quantize.convert import convert
+from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
 from karakoram.train.resume import save_model
 

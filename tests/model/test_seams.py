@@ -8,10 +8,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from karakoram.config import ModelConfig
 from karakoram.model import moe
-from karakoram.model.initialize import initialize
 from karakoram.model.layers import RMSNorm
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
+from karakoram.train.initialize import initialize
 from tests.model import reference
 from tests.model.reference import Case
 

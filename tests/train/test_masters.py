@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from karakoram.formats.int4_group import GROUP, exact_scales
-from karakoram.model.initialize import initialize
 from karakoram.model.transformer import Transformer
 from karakoram.quantize.round_to_nearest import on_grid, round_to_nearest
+from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
 from tests.train import tiny
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from karakoram.model.initialize import initialize
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
+from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
 from karakoram.train.optim.qk_clip import qk_clip
 from tests.train import tiny

@@ -2,7 +2,7 @@
 
 The modules compute the same, operation by operation, bit for bit; what is saved is Python between operations, which
 takes three quarters of a small model's time. One call serves when every token of a pass attends absorbed over a bf16
-cache: all tokens of a `PagedPass` single, or at most ABSORB_UP_TO a row over a `LatentCache`. With experts from
+cache: all tokens of a `PagedPass` single, or few enough a row over a `LatentCache` (`forms.py`). With experts from
 elsewhere or a watch, attention is one call and the rest is modules; in every other case all is.
 
 The one call sees neither hooks nor a `forward` that somebody put in a module's place. Hooks of layers run where
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from karakoram.kernels import ops
 from karakoram.kernels.layer import Attention, DecoderLayer, Mixture, Stack, Triple
 from karakoram.kernels.packed import PackedMatrix
-from karakoram.model.attention import ABSORB_UP_TO
+from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache, PagedPass
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.packed.modules import (
@@ -52,7 +52,7 @@ class PackedLayer(Layer):
     ) -> Tensor:
         """As `Layer.forward`."""
         number = self.self_attn.layer
-        places = singles(cache, positions_BT, number, number + 1)
+        places = singles(cache, positions_BT, self.self_attn, number, number + 1)
         if places is None:
             return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch)
         x_nD, (cos, sin) = x_BTD.flatten(0, 1), (part.flatten(0, 1) for part in rotation)
@@ -83,7 +83,8 @@ class PackedDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.forward`."""
         together = self.stack.whole and not self.one_by_one and experts is None and watch is None
-        places = None if not together else singles(cache, positions_BT, 0, len(self.layers))
+        first: Any = self.layers[0]
+        places = None if not together else singles(cache, positions_BT, first.self_attn, 0, len(self.layers))
         if places is None:
             return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch)
         cos, sin = (part.flatten(0, 1) for part in rotation)
@@ -109,7 +110,9 @@ class Places(NamedTuple):
     blocks_nM: Tensor | None = None
 
 
-def singles(cache: Cache | PagedPass | None, positions_BT: Tensor, first: int, end: int) -> Places | None:
+def singles(
+    cache: Cache | PagedPass | None, positions_BT: Tensor, attention: LatentAttention, first: int, end: int
+) -> Places | None:
     """For layers `first` to `end`: None where not every token attends absorbed in the kernels.
 
     Raises InputError as `LatentCache.reserve` does.
@@ -118,8 +121,9 @@ def singles(cache: Cache | PagedPass | None, positions_BT: Tensor, first: int, e
         if cache.spans or cache.rows.dtype != torch.bfloat16:
             return None
         return Places(cache.seen_T, cache.rows[first:end], cache.tables)
-    count = positions_BT.shape[1]
-    if not isinstance(cache, LatentCache) or count > ABSORB_UP_TO or cache.rows.dtype != torch.bfloat16:
+    if not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16 or not positions_BT.numel():
+        return None
+    if not attention.absorbs(positions_BT.shape[1], int(positions_BT.max()) + 1):
         return None
     for layer in range(first, end):
         cache.reserve(layer, positions_BT)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from karakoram.formats import int4_group
 from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
-from karakoram.model.attention import ABSORB_UP_TO, LatentAttention
+from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache, PagedPass
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.router import Router
@@ -134,7 +134,9 @@ class PackedAttention(LatentAttention):
         """As `LatentAttention.forward`."""
         if isinstance(cache, PagedPass) and cache.rows.dtype == torch.bfloat16:
             return self.o_proj(self.over_blocks(x_BTD, rotation, cache))
-        if x_BTD.shape[1] > ABSORB_UP_TO or not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
+        if not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
+            return super().forward(x_BTD, rotation, positions_BT, cache, watch)
+        if not self.absorbs(positions_BT.shape[1], int(positions_BT.max()) + 1):
             return super().forward(x_BTD, rotation, positions_BT, cache, watch)
         rows_BSx = cache.reserve(self.layer, positions_BT)
         return self.o_proj(self.decode(x_BTD, rotation, positions_BT, rows_BSx))
@@ -148,8 +150,7 @@ class PackedAttention(LatentAttention):
         if single := batch.single:
             ops.linear_by_head(q_nope_nHN[:single], self.keys, latent, out=queries[:single, :, :latent])
             mixed = ops.mla_decode(queries[:single], rows, batch.seen_T[:single], latent, self.scale, batch.tables)
-            assert isinstance(self.kv_b_proj, PackedLinear)
-            out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
+            out = ops.linear_by_head(mixed, self.kv_b, c.v_head_dim, c.qk_nope_head_dim)
             parts.append(out.view(1, single, -1))
         for span in batch.spans:
             seen, visible = batch.context(self.layer, span)
@@ -160,16 +161,63 @@ class PackedAttention(LatentAttention):
 
     def decode(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], positions_BT: Tensor, rows_BSx: Tensor) -> Tensor:
         """`project` and `absorbed` on the kernels, every query as a sequence of its own: [B, T, H·V]."""
-        c, positions_n = self.config, positions_BT.flatten().contiguous()
+        positions_n = positions_BT.flatten().contiguous()
         q_nope, queries = self._append(x_BTD.flatten(0, 1), rotation, positions_n, rows_BSx)
-        ops.linear_by_head(q_nope, self.keys, c.kv_lora_rank, out=queries[..., : c.kv_lora_rank])
-        count = positions_BT.shape[1]
-        if count > 1:
-            rows_BSx = rows_BSx.repeat_interleave(count, 0) if len(rows_BSx) > 1 else rows_BSx.expand(count, -1, -1)
-        mixed = ops.mla_decode(queries, rows_BSx, positions_n + 1, c.kv_lora_rank, self.scale)
+        return self._over_rows(q_nope, queries, positions_n + 1, rows_BSx).view(*positions_BT.shape, -1)
+
+    def absorbed(
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSL: Tensor, k_rope_BSR: Tensor, visible_BTS: Tensor
+    ) -> Tensor:
+        """As `LatentAttention.absorbed`; every query sees the first slots, up to its own."""
+        rows_BSx, latent = torch.cat((latent_BSL, k_rope_BSR), -1), latent_BSL.shape[-1]
+        queries = torch.empty(*q_nope_BTHN.shape[:3], rows_BSx.shape[-1], dtype=q_nope_BTHN.dtype).flatten(0, 1)
+        queries[..., latent:] = q_rope_BTHR.flatten(0, 1)
+        seen_n = visible_BTS.sum(-1).flatten()
+        out = self._over_rows(q_nope_BTHN.flatten(0, 1), queries, seen_n, rows_BSx)
+        return out.view(*q_nope_BTHN.shape[:2], -1)
+
+    def _over_rows(self, q_nope_nHN: Tensor, queries_nHx: Tensor, seen_n: Tensor, rows_BSx: Tensor) -> Tensor:
+        """n/B queries for each row of the cache, with their rope part filled in: [n, H, V]."""
+        c, latent = self.config, self.config.kv_lora_rank
+        ops.linear_by_head(q_nope_nHN, self.keys, latent, out=queries_nHx[..., :latent])
+        count = len(queries_nHx) // len(rows_BSx)
+        row_n1 = torch.arange(len(rows_BSx), dtype=torch.int32).repeat_interleave(count)[:, None]  # a row is one block
+        mixed = ops.mla_decode(queries_nHx, rows_BSx, seen_n, latent, self.scale, row_n1)
+        return ops.linear_by_head(mixed, self.kv_b, c.v_head_dim, c.qk_nope_head_dim)
+
+    def expanded(
+        self,
+        q_nope_BTHN: Tensor,
+        q_rope_BTHR: Tensor,
+        latent_BSL: Tensor,
+        k_rope_BSR: Tensor,
+        visible_BTS: Tensor | None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """As `LatentAttention.expanded`; every query sees the first slots, up to its own."""
+        if watch is not None:
+            return super().expanded(q_nope_BTHN, q_rope_BTHR, latent_BSL, k_rope_BSR, visible_BTS, watch)
+        rows, count = q_nope_BTHN.shape[:2]
+        seen_BT = torch.arange(1, count + 1).expand(rows, -1) if visible_BTS is None else visible_BTS.sum(-1)
+        parts = [
+            ops.mla_prefill(q_nope, q_rope, latent, k_rope, self.kv_b, seen, self.scale).flatten(-2)
+            for q_nope, q_rope, latent, k_rope, seen in zip(
+                q_nope_BTHN, q_rope_BTHR, latent_BSL, k_rope_BSR, seen_BT.expand(rows, -1), strict=True
+            )
+        ]
+        return torch.stack(parts)
+
+    def runs_on(self) -> tuple[str, torch.dtype, torch.device]:
+        """See `LatentAttention.runs_on`."""
+        library = ops.chosen()
+        name = "reference" if library is None else f"{library.isa}, {library.threads} threads"
+        return name, torch.bfloat16, torch.device("cpu")
+
+    @property
+    def kv_b(self) -> PackedMatrix:
+        """Of `kv_b_proj`."""
         assert isinstance(self.kv_b_proj, PackedLinear)
-        out = ops.linear_by_head(mixed, self.kv_b_proj.matrix, c.v_head_dim, c.qk_nope_head_dim)
-        return out.view(*positions_BT.shape, -1)
+        return self.kv_b_proj.matrix
 
     def _append(
         self, x_nD: Tensor, rotation: tuple[Tensor, Tensor], slots_n: Tensor, rows_BSx: Tensor

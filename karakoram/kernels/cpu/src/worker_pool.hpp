@@ -17,9 +17,9 @@ void choose_threads(int threads); // at most cores_permitted()
 constexpr int kScratchSlots = 5, kLayerScratch = 4;
 void* thread_scratch(int slot, size_t bytes);
 
-// Waking the others and waiting for them takes 1 to 3 µs, the more the further apart their cores are: what takes hardly longer
-// than that is done alone. Of a time it is enough to know the order of magnitude.
-constexpr int64_t kAloneNs = 5000;
+// Sharing work and waiting for the others takes 0.5 µs where their cores are neighbours and 3 where they are not (a host moves
+// virtual cores about); half of the work must be worth that. Of a time it is enough to know the order of magnitude.
+constexpr int64_t kAloneNs = 8000;
 
 template <class F>
 void parallel(int64_t items, const F& work) {
