@@ -174,6 +174,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._fillers.shutdown()
+        self.runner.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -9,6 +9,7 @@ Legend: T tokens of the batch, n positions whose logits are wanted, V vocabulary
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -52,8 +53,14 @@ class Runner:
         packed = hasattr(model.lm_head, "matrix")  # PackedLinear
         self.one_by_one = deterministic and not packed
         if deterministic:
-            ops.deterministic(True)  # for the whole process; it costs AMX's matrix unit, elsewhere nothing
+            _demand(+1)
         self.absorb_up_to = 1 << 62 if deterministic else ABSORB_UP_TO
+
+    def close(self) -> None:
+        """Ask nothing more of the kernels. May be called twice."""
+        if self.deterministic:
+            self.deterministic = False
+            _demand(-1)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first rows of a block into another one."""
@@ -111,6 +118,17 @@ class Runner:
         at_n = np.concatenate([np.arange(end - want, end) for end, want in zip(ends, wanted, strict=True)])
         hidden_nD = hidden_1TD[0] if len(at_n) == len(ids) else hidden_1TD[0, torch.from_numpy(at_n).to(device)]
         return self.model.logits(hidden_nD)
+
+
+_demands = 0  # runners that need the kernels' one order of sums, which is the whole process's choice
+_demands_lock = threading.Lock()
+
+
+def _demand(change: int) -> None:
+    global _demands
+    with _demands_lock:
+        _demands += change
+        ops.deterministic(_demands > 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
