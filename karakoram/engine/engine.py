@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -226,12 +226,17 @@ class Engine:
         if not pieces:
             return
         constrained = masks.constrained(pieces)
-        filling = self._fillers.submit(masks.fill, constrained, self.vocab_size) if constrained else None
+        filled: masks.Masks = {}
+        filling: Future[masks.Masks] | None = None
+        if constrained and masks.is_quick(constrained):
+            filled = masks.fill(constrained, self.vocab_size)
+        elif constrained:
+            filling = self._fillers.submit(masks.fill, constrained, self.vocab_size)
         started = time.perf_counter()
         told: list[_Told] = []
         try:
             logits_nV = self.runner.run(pieces)
-            self._advance(pieces, logits_nV, {} if filling is None else filling.result(), told)
+            self._advance(pieces, logits_nV, filled if filling is None else filling.result(), told)
         except Exception as error:  # noqa: BLE001  whatever a pass dies of, the other requests go on
             text = f"The forward pass failed: {type(error).__name__}: {error}"
             lost = [piece.sequence for piece in pieces if piece.sequence.finish is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from karakoram.engine.runner import Piece
 from karakoram.engine.sequence import Sequence
 from karakoram.errors import KarakoramError
+
+THREAD_S = 100e-6  # what a thread costs: waking it, and taking turns with it
 
 Masks = dict[Sequence, "np.ndarray | KarakoramError | None"]
 
@@ -22,6 +25,7 @@ def constrained(pieces: Ids[Piece]) -> list[Sequence]:
 def fill(sequences: Ids[Sequence], vocab_size: int) -> Masks:
     """Their masks; an error in the place of one that cannot be had."""
     masks: Masks = {}
+    began = time.perf_counter()
     for sequence in sequences:
         constraint = sequence.request.constraint
         assert constraint is not None
@@ -30,4 +34,23 @@ def fill(sequences: Ids[Sequence], vocab_size: int) -> Masks:
             masks[sequence] = row if constraint.fill(row, sequence.left) else None
         except Exception as error:  # noqa: BLE001  a broken constraint ends its own request
             masks[sequence] = KarakoramError(f"The constraint failed: {error}")
+    _cost.saw((time.perf_counter() - began) / max(len(sequences), 1))
     return masks
+
+
+def is_quick(sequences: Ids[Sequence]) -> bool:
+    """Whether filling these takes less time than waking another thread for it, by what earlier ones took."""
+    return len(sequences) * _cost.each_s <= THREAD_S
+
+
+class _Cost:
+    """Seconds of one mask, on a moving average; the first ones compile and are slow."""
+
+    each_s = 20e-6
+
+    def saw(self, each_s: float) -> None:
+        """One more."""
+        self.each_s += 0.05 * (min(each_s, 1e-3) - self.each_s)
+
+
+_cost = _Cost()

@@ -10,6 +10,7 @@ Legend: T tokens of the batch, n positions whose logits are wanted, V vocabulary
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -54,13 +55,13 @@ class Runner:
         self.one_by_one = deterministic and not packed
         if deterministic:
             _demand(+1)
+            self._release = weakref.finalize(self, _demand, -1)
         self.absorb_up_to = 1 << 62 if deterministic else ABSORB_UP_TO
 
     def close(self) -> None:
         """Ask nothing more of the kernels. May be called twice."""
         if self.deterministic:
-            self.deterministic = False
-            _demand(-1)
+            self._release()
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first rows of a block into another one."""

@@ -91,7 +91,7 @@ def _adjust(values_V: np.ndarray, row: Row) -> None:
         values_V[token] = -np.inf
     if row.mask is not None:
         allowed = np.unpackbits(row.mask.view(np.uint8), count=len(values_V), bitorder="little")
-        values_V[allowed == 0] = -np.inf
+        np.copyto(values_V, -np.inf, where=allowed == 0)
 
 
 def _inverse(p_nV: np.ndarray, chance_n: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from karakoram.engine import masks
 from karakoram.engine.engine import Engine
 from karakoram.engine.request import Request, Sampling
 from karakoram.model.transformer import Transformer
@@ -63,12 +64,16 @@ def test_what_is_filled_is_obeyed(tiny: Transformer, sampling: Sampling) -> None
     assert len(set(result.tokens[4:])) > 1 or sampling.temperature == 0
 
 
-def test_masks_are_filled_in_a_thread_beside(tiny: Transformer) -> None:
+@pytest.mark.parametrize(("thread_s", "where"), [(0.0, "karakoram-masks"), (1e9, "karakoram-engine")])
+def test_masks_are_filled_in_a_thread_beside_unless_that_costs_more(
+    tiny: Transformer, monkeypatch: pytest.MonkeyPatch, thread_s: float, where: str
+) -> None:
+    monkeypatch.setattr(masks, "THREAD_S", thread_s)
     constraint = Allows([5, 6])
     with Engine(tiny) as engine:
-        run(engine, greedy("a", PROMPT, 5, constraint=constraint))
+        result = run(engine, greedy("a", PROMPT, 5, constraint=constraint))
     (name,) = constraint.threads
-    assert name.startswith("karakoram-masks")
+    assert name.startswith(where) and set(result.tokens) <= {5, 6}
 
 
 def test_a_prompt_in_pieces_asks_once(tiny: Transformer) -> None:
