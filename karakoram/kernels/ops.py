@@ -16,7 +16,7 @@ argument `implementation`, else by KARAKORAM_ISA (an instruction set, or "refere
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -264,24 +264,32 @@ def moe_int4(
     return moe(x_TD, ids_TK, weights_TK, experts, shared, implementation)
 
 
-class MoeInt4:
-    """`moe_int4` in steps, for experts that arrive one after another: begin (here), `experts`, `finish`.
+class MoeSteps:
+    """`moe` in steps, for experts that arrive one after another: begin (here), `experts`, `finish`.
 
-    The result is the same bits whatever the order and grouping of the calls. Only on the library.
+    The result is the same bits as `moe`'s whatever the order and grouping of the calls. Only on the library.
     """
 
-    def __init__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, intermediate: int) -> None:
+    def __init__(
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        experts: int,
+        intermediate: int,
+        kind: packed.Kind = "int4",
+    ) -> None:
         lib = chosen("cpu")
         assert lib is not None
-        self._lib, self._x = lib, x_TD  # x is read again by `finish`
+        self._lib, self._x = lib, x_TD  # x is read again by `shared` and `finish`
         self._handle = ctypes.c_void_p()
         lib.call(
             "k2_moe_begin", describe(x_TD), describe(ids_TK), describe(weights_TK), ctypes.c_int64(experts),
-            ctypes.c_int64(intermediate), ctypes.c_int32(PANELS["int4"]), ctypes.byref(self._handle),
+            ctypes.c_int64(intermediate), ctypes.c_int32(PANELS[kind]), ctypes.byref(self._handle),
         )  # fmt: skip
-        self._record_bytes = packed.record_bytes(x_TD.shape[1], intermediate)
+        self._record_bytes = packed.record_bytes(x_TD.shape[1], intermediate, kind)
 
-    def experts(self, ids: list[int], records: list[Tensor]) -> None:
+    def experts(self, ids: Sequence[int], records: Sequence[Tensor]) -> None:
         """Compute these experts' partials; each record is a row of `PackedExperts.records`, empty if no token came.
 
         Experts that were given before are passed over.
@@ -300,6 +308,16 @@ class MoeInt4:
         numbers = (ctypes.c_int64 * len(ids))(*ids)
         places = (ctypes.c_void_p * len(ids))(*(record.data_ptr() for record in records))
         self._lib.call("k2_moe_experts", self._handle, numbers, places, ctypes.c_int64(len(ids)))
+
+    def partial(self, expert: int, rows_MD: Tensor) -> None:
+        """An expert's results from elsewhere, unweighted: float32, its tokens in order, within one token its slots."""
+        self._open()
+        self._lib.call("k2_moe_partial", self._handle, ctypes.c_int64(expert), describe(rows_MD))
+
+    def shared(self, shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix]) -> None:
+        """Compute the shared experts now, while others are awaited, instead of in `finish`."""
+        self._open()
+        self._lib.call("k2_moe_shared", self._handle, _shared(shared))
 
     def finish(self, shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None) -> Tensor:
         """Sum the slots. Raises InputError if an expert that tokens chose never came; the handle is gone either way."""

@@ -61,7 +61,7 @@ def mixtures() -> None:
         shared = drawn.feed_forward("bf16", hidden, 40)
         expected = reference.moe_int4(x, ids, weights, experts, shared)
         near(ops.moe_int4(x, ids, weights, experts, shared), expected)
-        step = ops.MoeInt4(x, ids, weights, count, intermediate)
+        step = ops.MoeSteps(x, ids, weights, count, intermediate)
         for e in range(count):
             step.experts([e], [experts.records[e]])
         near(step.finish(shared), expected)
@@ -69,7 +69,7 @@ def mixtures() -> None:
             others = drawn.experts(count, hidden, intermediate + 3, kind)
             near(ops.moe(x, ids, weights, others), reference.moe(x, ids, weights, others))
         del ids
-        ops.MoeInt4(x, torch.zeros_like(weights, dtype=torch.int64), weights, count, intermediate)  # dropped
+        ops.MoeSteps(x, torch.zeros_like(weights, dtype=torch.int64), weights, count, intermediate)  # dropped
 
 
 def attention() -> None:
@@ -116,8 +116,8 @@ def norms() -> None:
 def refusals() -> None:
     for call in (
         lambda: ops.linear(drawn.rows(1, 63), drawn.matrix("bf16", 16, 64)),
-        lambda: ops.MoeInt4(drawn.rows(2, 64), torch.tensor([[0], [9]]), torch.rand(2, 1), 3, 32),
-        lambda: ops.MoeInt4(drawn.rows(2, 64), torch.tensor([[0], [1]]), torch.rand(2, 1), 3, 32).finish(),
+        lambda: ops.MoeSteps(drawn.rows(2, 64), torch.tensor([[0], [9]]), torch.rand(2, 1), 3, 32),
+        lambda: ops.MoeSteps(drawn.rows(2, 64), torch.tensor([[0], [1]]), torch.rand(2, 1), 3, 32).finish(),
         lambda: ops.mla_decode(drawn.rows(1, 64)[None], drawn.rows(3, 64)[None], torch.tensor([4]), 32, 1.0),
     ):
         try:

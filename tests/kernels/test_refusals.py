@@ -15,7 +15,7 @@ from torch import Tensor
 from karakoram.errors import FormatError, InputError
 from karakoram.kernels import ops, reference
 from karakoram.kernels.cpu.library import Library, describe, describe_packed
-from karakoram.kernels.ops import MoeInt4
+from karakoram.kernels.ops import MoeSteps
 from karakoram.kernels.packed import PackedMatrix, packed_bytes
 from tests.kernels import drawn
 
@@ -289,8 +289,8 @@ def test_routing() -> None:
                 "These experts are bf16",
                 lambda: ops.moe_int4(bf16(4, 64), ids, weights, drawn.experts(3, 64, 32, "bf16")),
             ),
-            ("no hidden size, no expert or no slot", lambda: MoeInt4(x, ids, weights, 0, 32)),
-            ("experts of width 0", lambda: MoeInt4(x, ids, weights, 3, 0)),
+            ("no hidden size, no expert or no slot", lambda: MoeSteps(x, ids, weights, 0, 32)),
+            ("experts of width 0", lambda: MoeSteps(x, ids, weights, 3, 0)),
         ]
     )
 
@@ -298,7 +298,7 @@ def test_routing() -> None:
 def test_experts_that_arrive() -> None:
     x, experts, (ids, weights) = drawn.rows(4, 64), drawn.experts(3, 64, 32), drawn.routing(4, 3, 2)
     ids[:, 0] = torch.tensor([0, 1, 2, 0])
-    step = MoeInt4(x, ids, weights, 3, 32)
+    step = MoeSteps(x, ids, weights, 3, 32)
     size = experts.records.shape[1]
     room = torch.zeros(size + 128, dtype=torch.uint8)
     off = -room.data_ptr() % 64 + 4
@@ -327,7 +327,7 @@ def test_experts_that_arrive() -> None:
 def test_finishing_too_early() -> None:
     x, experts = drawn.rows(4, 64), drawn.experts(3, 64, 32)
     ids = torch.tensor([[0, 1], [0, 2], [1, 2], [2, 2]])
-    step = MoeInt4(x, ids, torch.rand(4, 2), 3, 32)
+    step = MoeSteps(x, ids, torch.rand(4, 2), 3, 32)
     step.experts([0, 1], [experts.records[0], experts.records[1]])
     check_all([("expert 2 has 4 tokens and was never given", step.finish), ("summed already", step.finish)])
 

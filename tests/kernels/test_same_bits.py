@@ -9,7 +9,7 @@ import torch
 from karakoram.errors import InputError
 from karakoram.kernels import ops, reference
 from karakoram.kernels.cpu.library import Library
-from karakoram.kernels.ops import MoeInt4
+from karakoram.kernels.ops import MoeSteps
 from karakoram.kernels.packed import Kind, PackedExperts
 from tests.kernels import drawn
 
@@ -51,7 +51,7 @@ def test_with_one_thread_and_with_two(isa: str, two_threads: None, tokens: int) 
                 assert torch.equal(one, both)
 
 
-def given_in_groups(step: MoeInt4, experts: PackedExperts, draw: Random) -> None:
+def given_in_groups(step: MoeSteps, experts: PackedExperts, draw: Random) -> None:
     """All of them, in random order and groups, some twice."""
     order = [*range(experts.experts), *draw.choices(range(experts.experts), k=2)]
     draw.shuffle(order)
@@ -67,23 +67,54 @@ def test_experts_in_any_order_and_grouping(isa: str, tokens: int, with_shared: b
     shared = drawn.feed_forward("int4", 96, 32) if with_shared else None
     expected = ops.moe_int4(x, ids, weights, experts, shared)
     for seed in range(5):
-        step = MoeInt4(x, ids, weights, 8, 64)
+        step = MoeSteps(x, ids, weights, 8, 64)
+        if shared is not None and seed % 2:
+            step.shared(shared)
         given_in_groups(step, experts, Random(seed))
-        assert torch.equal(step.finish(shared), expected)
+        assert torch.equal(step.finish(None if seed % 2 else shared), expected)
 
 
 def test_an_expert_given_twice_counts_once(lib: Library) -> None:
     """Also within one call, and with another record the second time: the first one counts."""
     experts, x, (ids, weights) = drawn.experts(2, 96, 64), drawn.rows(9, 96), drawn.routing(9, 1, 2)
-    step = MoeInt4(x, ids, weights, 2, 64)
+    step = MoeSteps(x, ids, weights, 2, 64)
     step.experts([0, 0], [experts.records[0], experts.records[1]])
     step.experts([0], [experts.records[1]])
     assert torch.equal(step.finish(), ops.moe_int4(x, ids, weights, experts))
 
 
+def test_partials_from_elsewhere_take_their_places_in_the_sum(lib: Library) -> None:
+    """One-hot weights show each partial by itself; a token that chose an expert twice has two rows of it."""
+    experts, x = drawn.experts(3, 64, 32), drawn.rows(4, 64)
+    ids = torch.tensor([[0, 1], [1, 1], [2, 0], [1, 2]])
+    rows = torch.arange(4.0)[:, None].expand(4, 64).contiguous() + 10  # expert 1: tokens 0, 1, 1, 3
+    for slot in range(2):
+        step = MoeSteps(x, ids, torch.eye(2)[slot].expand(4, 2).contiguous(), 3, 32)
+        step.partial(1, rows)
+        step.experts([0, 1, 2], [experts.records[e] for e in range(3)])  # the second time counts no more
+        got = step.finish()
+        for token, row in ((0, 0), (1, 1 + slot), (3, 3)):
+            if ids[token, slot] == 1:
+                assert torch.equal(got[token], rows[row].bfloat16())
+
+
+def test_partials_and_shared_experts_that_do_not_fit_are_refused(lib: Library) -> None:
+    x, ids = drawn.rows(2, 64), torch.tensor([[0], [1]])
+    step = MoeSteps(x, ids, torch.ones(2, 1), 2, 32)
+    for expert, rows in ((2, torch.zeros(1, 64)), (0, torch.zeros(2, 64)), (0, torch.zeros(1, 32))):
+        with pytest.raises(InputError, match="partial"):
+            step.partial(expert, rows)
+    with pytest.raises(InputError, match="dtype|float32"):
+        step.partial(0, torch.zeros(1, 64, dtype=torch.bfloat16))
+    shared = drawn.feed_forward("int4", 64, 32)
+    step.shared(shared)
+    with pytest.raises(InputError, match="before"):
+        step.shared(shared)
+
+
 def test_experts_without_tokens_need_no_record(lib: Library) -> None:
     experts, x, (ids, weights) = drawn.experts(3, 64, 32), drawn.rows(4, 64), drawn.routing(4, 1, 2)
-    step = MoeInt4(x, ids, weights, 3, 32)
+    step = MoeSteps(x, ids, weights, 3, 32)
     step.experts([2, 0, 1], [torch.empty(0, dtype=torch.uint8), experts.records[0], torch.empty(0, dtype=torch.uint8)])
     assert torch.equal(step.finish(), ops.moe_int4(x, ids, weights, experts))
 
@@ -92,7 +123,7 @@ def test_the_instruction_set_of_the_beginning_is_kept(lib: Library) -> None:
     experts, x, (ids, weights) = drawn.experts(3, 64, 32), drawn.rows(30, 64), drawn.routing(30, 3, 2)
     with ops.using("scalar"):
         expected = ops.moe_int4(x, ids, weights, experts)
-        step = MoeInt4(x, ids, weights, 3, 32)
+        step = MoeSteps(x, ids, weights, 3, 32)
     step.experts([0, 1, 2], list(experts.records))
     assert torch.equal(step.finish(), expected)
 

@@ -32,7 +32,7 @@ class Work:
         self.expected = self.compute()
 
     def compute(self) -> bytes:
-        step = ops.MoeInt4(self.x, self.ids, self.weights, 4, 64)
+        step = ops.MoeSteps(self.x, self.ids, self.weights, 4, 64)
         step.experts([3, 1], [self.experts.records[3], self.experts.records[1]])
         step.experts([0, 2], [self.experts.records[0], self.experts.records[2]])
         values = ops.mla_decode(self.x[None, :3], self.cache, self.lengths, 64, 0.1)
@@ -148,7 +148,7 @@ def test_dropping_unfinished_experts_frees_them(lib: Library) -> None:
         pytest.skip("no /proc to see memory in")
     before = mapped_bytes()
     for _ in range(100):
-        step = ops.MoeInt4(x, ids, weights, 4, 64)
+        step = ops.MoeSteps(x, ids, weights, 4, 64)
         del step
     gc.collect()
     assert mapped_bytes() - before < 1 << 30

@@ -94,6 +94,9 @@ typedef struct k2_moe k2_moe;
 k2_status k2_moe_begin(const k2_tensor* x, const k2_tensor* ids, const k2_tensor* weights, int64_t experts,
                        int64_t intermediate, int32_t dtype, k2_moe** handle);
 k2_status k2_moe_experts(k2_moe* handle, const int64_t* experts, const void* const* records, int64_t count);
+// An expert's partials from elsewhere: rows f32 [its tokens, D], in the order of tokens and, within one, of slots.
+k2_status k2_moe_partial(k2_moe* handle, int64_t expert, const k2_tensor* rows);
+k2_status k2_moe_shared(k2_moe* handle, const k2_tensor* shared);  // while experts are awaited; then finish without them
 k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y);  // frees the handle, also on error
 void k2_moe_drop(k2_moe* handle);
 

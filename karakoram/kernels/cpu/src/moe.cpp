@@ -13,6 +13,17 @@
 
 using namespace k2;
 
+namespace {
+
+using Block = std::unique_ptr<void, void (*)(void*)>;
+
+struct Shared {  // the shared experts' job for all tokens, and its memory
+  FeedForward job;
+  Block in{nullptr, free}, h{nullptr, free}, out{nullptr, free};
+};
+
+}  // namespace
+
 struct k2_moe {
   int64_t tokens, slots, hidden, experts, intermediate;
   int32_t dtype;                  // of the experts' weights
@@ -25,6 +36,7 @@ struct k2_moe {
   void *in = nullptr, *h = nullptr;
   float* partial = nullptr;       // [tokens · slots, hidden]
   const Kernels* kernels = nullptr;
+  Shared beside;                  // computed by k2_moe_shared, or not at all
 
   int64_t ldx() const { return row_stride(hidden); }
   int64_t ldh() const { return row_stride(intermediate); }
@@ -98,13 +110,6 @@ FeedForward expert_job(const k2_moe& m, int64_t expert, const void* record) {
   job.place = m.place.data() + first;
   return job;
 }
-
-using Block = std::unique_ptr<void, void (*)(void*)>;
-
-struct Shared {  // the shared experts' job for all tokens, and its memory
-  FeedForward job;
-  Block in{nullptr, free}, h{nullptr, free}, out{nullptr, free};
-};
 
 k2_status prepare(const k2_moe& m, const k2_tensor* shared, Shared* s) {
   FeedForward& job = s->job;
@@ -223,15 +228,38 @@ k2_status k2_moe_experts(k2_moe* m, const int64_t* experts, const void* const* r
   return K2_OK;
 } K2_CATCH
 
+k2_status k2_moe_partial(k2_moe* m, int64_t expert, const k2_tensor* rows) try {
+  if (!m) return fail(K2_BAD_CALL, "no handle");
+  if (expert < 0 || expert >= m->experts)
+    return fail(K2_BAD_ID, "expert %lld of %lld", static_cast<long long>(expert), static_cast<long long>(m->experts));
+  K2_TRY(check_tensor("rows", rows, K2_F32, 2));
+  const int64_t first = m->first[expert], count = m->first[expert + 1] - first;
+  if (rows->shape[0] != count || rows->shape[1] != m->hidden)
+    return fail(K2_BAD_SHAPE, "rows are [%lld, %lld], expected [%lld, %lld]", static_cast<long long>(rows->shape[0]),
+                static_cast<long long>(rows->shape[1]), static_cast<long long>(count), static_cast<long long>(m->hidden));
+  for (int64_t r = 0; r < count; r++)
+    memcpy(m->partial + m->place[first + r] * m->hidden, static_cast<const float*>(rows->data) + r * rows->strides[0],
+           static_cast<size_t>(m->hidden) * sizeof(float));
+  m->done[expert] = 1;
+  return K2_OK;
+} K2_CATCH
+
+k2_status k2_moe_shared(k2_moe* m, const k2_tensor* shared) try {
+  if (!m || !shared) return fail(K2_BAD_CALL, "no handle, or no shared experts");
+  if (m->beside.job.out) return fail(K2_BAD_CALL, "the shared experts were given before");
+  if (!m->tokens) return K2_OK;
+  Shared beside;
+  K2_TRY(prepare(*m, shared, &beside));
+  if (!run(*m->kernels, {beside.job})) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
+  m->beside = std::move(beside);
+  return K2_OK;
+} K2_CATCH
+
 k2_status k2_moe_finish(k2_moe* handle, const k2_tensor* shared, k2_tensor* y) try {
   std::unique_ptr<k2_moe> m(handle);
   K2_TRY(check_result(*m, y));
-  Shared beside;
-  if (shared && m->tokens) {
-    K2_TRY(prepare(*m, shared, &beside));
-    if (!run(*m->kernels, {beside.job})) return fail(K2_NO_MEMORY, "no memory for a thread's tile");
-  }
-  sum_slots(*m, beside.job.out, *y);
+  if (shared) K2_TRY(k2_moe_shared(m.get(), shared));
+  sum_slots(*m, m->beside.job.out, *y);
   return K2_OK;
 } K2_CATCH
 
