@@ -163,11 +163,39 @@ def memory() -> Memory:
         total = _sysctl("hw.memsize")
         return Memory(int(total) if total and total.isdigit() else None, None)
     total, available = _linux_memory(_read("/proc/meminfo"))
-    limit, used = _cgroup_memory(Path("/sys/fs/cgroup"))
-    if limit is not None and (total is None or limit < total):
-        rest = max(limit - (used or 0), 0)
-        return Memory(limit, rest if available is None else min(rest, available))
+    for group in _cgroups(_read("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        limit, used = _cgroup_memory(group)
+        if limit is not None and (total is None or limit < total):
+            total, rest = limit, max(limit - (used or 0), 0)
+            available = rest if available is None else min(rest, available)
     return Memory(total, available)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM now (RSS); None where the system does not tell."""
+    words = _read("/proc/self/statm").split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 and words[1].isdigit() else None
+
+
+def _cgroups(membership: str, root: Path) -> list[tuple[Path, Path]]:
+    """Folders that may limit this process's memory, by cgroup v2 and v1: of the root (a container's own) and below.
+
+    Each as (folder of v2, folder of v1); within a container the path in /proc/self/cgroup may be of the host, and then
+    is not there.
+    """
+    own_v2, own_v1 = "", ""
+    for line in membership.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            own_v2 = path.strip("/")
+        elif "memory" in controllers.split(","):
+            own_v1 = path.strip("/")
+    deepest = max(len(Path(own_v2).parts), len(Path(own_v1).parts))
+    return [
+        (root.joinpath(*Path(own_v2).parts[:depth]), root.joinpath("memory", *Path(own_v1).parts[:depth]))
+        for depth in range(deepest + 1)
+    ]
 
 
 def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
@@ -180,17 +208,17 @@ def _linux_memory(meminfo: str) -> tuple[int | None, int | None]:
     return in_bytes("MemTotal"), in_bytes("MemAvailable")
 
 
-def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
+def _cgroup_memory(group: tuple[Path, Path]) -> tuple[int | None, int | None]:
     """(limit, used) in bytes by cgroup v2, else v1; page cache that can be dropped does not count as used."""
-    for limit_name, used_name, stat_name in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    for folder, limit_name, used_name in (
+        (group[0], "memory.max", "memory.current"),
+        (group[1], "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        limit = _read(root / limit_name).strip()
+        limit = _read(folder / limit_name).strip()
         if not limit.isdigit() or int(limit) >= _NO_LIMIT:
             continue
-        used = _read(root / used_name).strip()
-        stat = dict(line.split(" ", 1) for line in _read(root / stat_name).splitlines() if " " in line)
+        used = _read(folder / used_name).strip()
+        stat = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
         droppable = stat.get("inactive_file") or stat.get("total_inactive_file") or "0"
         return int(limit), int(used) - int(droppable) if used.isdigit() else None
     return None, None

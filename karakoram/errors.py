@@ -22,6 +22,14 @@ class CheckpointError(KarakoramError):
     """A checkpoint that is missing, damaged, incomplete or of another kind."""
 
 
+class ExpertUnavailable(CheckpointError):
+    """An expert that could not be read. `rows` are the batch's tokens that need it; without them the pass can run."""
+
+    def __init__(self, what: str, fix: str, rows: tuple[int, ...]) -> None:
+        super().__init__(what, fix)
+        self.rows = rows
+
+
 class FormatError(KarakoramError):
     """Bits that do not have the promised layout, or a conversion that would lose some."""
 

@@ -36,7 +36,7 @@ from karakoram.engine.request import (
     Request,
     TokenLogprob,
 )
-from karakoram.engine.runner import Piece, Runner
+from karakoram.engine.runner import Piece, PiecesFailed, Runner
 from karakoram.engine.sampler import Row, draw, logprobs
 from karakoram.engine.scheduler import Scheduler
 from karakoram.engine.sequence import Sequence, chain
@@ -235,7 +235,7 @@ class Engine:
         started = time.perf_counter()
         told: list[_Told] = []
         try:
-            logits_nV = self.runner.run(pieces)
+            pieces, logits_nV = self._pass(pieces, told)
             self._advance(pieces, logits_nV, filled if filling is None else filling.result(), told)
         except Exception as error:  # noqa: BLE001  whatever a pass dies of, the other requests go on
             text = f"The forward pass failed: {type(error).__name__}: {error}"
@@ -243,6 +243,16 @@ class Engine:
             told.extend((sequence, self._end(sequence, "error", text)) for sequence in lost)
         self.scheduler.saw(pieces, (time.perf_counter() - started) * 1e3)
         self._deliver(told)
+
+    def _pass(self, pieces: list[Piece], told: list[_Told]) -> tuple[list[Piece], Tensor]:
+        """Run them; those that need an expert which cannot be read end here, and the others run again without them."""
+        while True:
+            try:
+                return pieces, self.runner.run(pieces) if pieces else torch.empty(0, self.vocab_size)
+            except PiecesFailed as failure:
+                for piece in failure.pieces:
+                    told.append((piece.sequence, self._end(piece.sequence, "error", str(failure.error))))
+                pieces = [piece for piece in pieces if piece not in failure.pieces]
 
     def _advance(self, pieces: list[Piece], logits_nV: Tensor, filled: masks.Masks, told: list[_Told]) -> None:
         """Draw and append tokens; `told` takes what each sequence has to tell."""

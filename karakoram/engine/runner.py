@@ -22,9 +22,10 @@ from torch import Tensor
 
 from karakoram.engine.blocks import BLOCK_TOKENS
 from karakoram.engine.sequence import Sequence
+from karakoram.errors import ExpertUnavailable
 from karakoram.kernels import ops
 from karakoram.model.attention import ABSORB_UP_TO
-from karakoram.model.cache import PagedPass, Span
+from karakoram.model.cache import PagedPass, Span, lazy_zeros
 from karakoram.model.transformer import Transformer
 
 
@@ -43,6 +44,14 @@ class Piece:
         return self.count + len(self.guesses)
 
 
+class PiecesFailed(Exception):
+    """A pass that failed for these pieces' sake; the others can run without them."""
+
+    def __init__(self, pieces: Ids[Piece], error: ExpertUnavailable) -> None:
+        super().__init__(str(error))
+        self.pieces, self.error = pieces, error
+
+
 class Runner:
     """The model and the memory of the cache: [layers, blocks, BLOCK_TOKENS, latent + rope key]."""
 
@@ -50,7 +59,7 @@ class Runner:
         c = model.config
         self.model, self.deterministic = model, deterministic
         width = c.kv_lora_rank + c.qk_rope_head_dim
-        self.rows = _zeros((c.num_hidden_layers, blocks, BLOCK_TOKENS, width), model.dtype, model.device)
+        self.rows = lazy_zeros((c.num_hidden_layers, blocks, BLOCK_TOKENS, width), model.dtype, model.device)
         packed = hasattr(model.lm_head, "matrix")  # PackedLinear
         self.one_by_one = deterministic and not packed
         if deterministic:
@@ -69,7 +78,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, pieces: Ids[Piece]) -> Tensor:
-        """Write the pieces' tokens into the cache; logits float32 [n, V] in the order of the pieces."""
+        """Write the pieces' tokens into the cache; logits float32 [n, V] in the order of the pieces.
+
+        Raises PiecesFailed where some need an expert that cannot be read; what was written is written again next time.
+        """
         if self.one_by_one:
             return torch.cat([self._pass([one]) for one in _tokens_alone(pieces)])
         # Single tokens first: the pass wants them so. Logits are put back in the given order.
@@ -112,7 +124,11 @@ class Runner:
             ],
         )
         ids_1T = torch.tensor([ids], device=device)
-        hidden_1TD = self.model.hidden(ids_1T, batch, torch.from_numpy(positions_T)[None].to(device))
+        try:
+            hidden_1TD = self.model.hidden(ids_1T, batch, torch.from_numpy(positions_T)[None].to(device))
+        except ExpertUnavailable as error:
+            touched = np.unique(owner_T[list(error.rows)])
+            raise PiecesFailed([pieces[i] for i in touched], error) from error
         wanted = np.array([piece.wanted for piece in pieces])
         if not wanted.any():
             return torch.empty(0, self.model.config.vocab_size)
@@ -130,16 +146,6 @@ def _demand(change: int) -> None:
     with _demands_lock:
         _demands += change
         ops.deterministic(_demands > 0)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory is taken from the system when it is first written: NumPy's are, torch's are not.
-
-    They must be zeros: torch's attention multiplies unwritten rows by 0, and chance memory may hold NaN.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 def _ids(piece: Piece) -> Ids[int]:

@@ -15,6 +15,7 @@ Legend: B rows, T new tokens, S slots, L latent, R rope key, W latent + rope key
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class LatentCache:
     ) -> None:
         self.latent, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
         self.capacity, self.length, self.used = capacity, 0, 0
-        self.rows = torch.zeros(config.num_hidden_layers, batch, capacity, width, device=device, dtype=dtype)
+        self.rows = lazy_zeros((config.num_hidden_layers, batch, capacity, width), dtype, torch.device(device))
 
     def append(
         self, layer: int, latent_BTL: Tensor, rope_key_BTR: Tensor, positions_BT: Tensor
@@ -137,3 +138,13 @@ class PagedPass:
         rows = self.flat(layer)[span.slots_S][None]
         seen = self.seen_T[span.first : span.first + span.count, None]
         return rows, (torch.arange(rows.shape[1], device=rows.device) < seen)[None]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken from the system when it is first written: NumPy's are, torch's are not.
+
+    They must be zeros: torch's attention multiplies unwritten rows by 0, and chance memory may hold NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)

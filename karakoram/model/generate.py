@@ -10,7 +10,10 @@ from torch import Tensor
 
 from karakoram.config import ModelConfig
 from karakoram.errors import InputError
+from karakoram.model.cache import LatentCache
 from karakoram.model.transformer import Transformer
+
+PASS_TOKENS = 1024  # of a prompt at once: K2's experts take 0.5 GB of inputs and partial results for so many
 
 
 def generate(
@@ -51,7 +54,7 @@ def _generate(
         generator.manual_seed(seed)
     most = min(most, model.config.max_position_embeddings - len(prompt))
     cache = model.new_cache(1, len(prompt) + most)
-    ids_1T = torch.tensor([prompt], device=model.device)
+    ids_1T = _prefill(model, prompt, cache)
     for _ in range(most):
         with torch.inference_mode():
             logits_V = model(ids_1T, cache, logits_for="last")[0, -1]
@@ -60,6 +63,15 @@ def _generate(
         if token in stops:
             return
         ids_1T = torch.tensor([[token]], device=model.device)
+
+
+@torch.inference_mode()
+def _prefill(model: Transformer, prompt: list[int], cache: LatentCache) -> Tensor:
+    """A long prompt's beginning, in passes of bounded memory; returns the ids of its last pass [1, T]."""
+    last = (len(prompt) - 1) // PASS_TOKENS * PASS_TOKENS
+    for start in range(0, last, PASS_TOKENS):
+        model.hidden(torch.tensor([prompt[start : start + PASS_TOKENS]], device=model.device), cache)
+    return torch.tensor([prompt[last:]], device=model.device)
 
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -25,10 +25,12 @@ def load_model(
     dtype: str | torch.dtype = "bfloat16",
     allow_config_keys: tuple[str, ...] = (),
     dense: bool = False,
+    routed_experts: bool = True,
 ) -> Transformer:
     """Load a K2-shaped checkpoint for inference; None is the bundled nano.
 
-    dtype is bfloat16 or float32; dense decodes int4 weights even where kernels could use them as they are. Raises
+    dtype is bfloat16 or float32; dense decodes int4 weights even where kernels could use them as they are. Without
+    routed_experts, each layer's experts are a `FedBank` that an expert store feeds; only on the kernels. Raises
     CheckpointError (missing or damaged files, too little memory), ConfigError (another architecture, unknown settings),
     InputError (device or dtype that is not there).
     """
@@ -39,9 +41,14 @@ def load_model(
     checkpoint.check()
     model = Transformer(checkpoint.config, device="meta", dtype=wanted)
     if not dense and can_run_packed(checkpoint, place, wanted):
-        _refuse_too_large(stored_bytes(checkpoint), wanted, place, checkpoint.dir)
-        assemble(model, CheckpointWeights(checkpoint))
+        _refuse_too_large(stored_bytes(checkpoint, routed_experts), wanted, place, checkpoint.dir)
+        assemble(model, CheckpointWeights(checkpoint), routed_experts)
         return model.eval().requires_grad_(False)
+    if not routed_experts:
+        raise InputError(
+            f"{checkpoint.dir} cannot run with its experts elsewhere on {place} as {wanted}.",
+            "That needs the CPU kernels (`k2 doctor`), bfloat16, and a checkpoint they can run.",
+        )
     _refuse_too_large(
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), wanted, place, checkpoint.dir
     )
@@ -85,9 +92,13 @@ def _device(device: str | torch.device) -> torch.device:
     raise InputError(f"A model cannot be loaded to device {str(device)!r}.", f"Choose one of {', '.join(DEVICES)}.")
 
 
-def stored_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors that belong to the model."""
-    return sum(entry.nbytes for entry in checkpoint.tensors.values())
+def stored_bytes(checkpoint: Checkpoint, routed_experts: bool = True) -> int:
+    """Bytes of all tensors that belong to the model, or of all but its routed experts."""
+    return sum(
+        entry.nbytes
+        for name, entry in checkpoint.tensors.items()
+        if routed_experts or ".mlp.experts." not in name  # of a quantized weight there are several tensors
+    )
 
 
 def _refuse_too_large(needed: int, dtype: torch.dtype, place: torch.device, source: Path) -> None:

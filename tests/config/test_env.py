@@ -26,18 +26,42 @@ def test_meminfo_counts_kib() -> None:
 
 
 def test_container_limits(tmp_path: Path) -> None:
-    read = env._cgroup_memory  # pyright: ignore[reportPrivateUsage]
-    assert read(tmp_path) == (None, None)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert read(tmp_path) == (None, None)
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    (tmp_path / "memory.stat").write_text("anon 250\ninactive_file 100\n")
-    assert read(tmp_path) == (1000, 300)
-    one = tmp_path / "v1" / "memory"
-    one.mkdir(parents=True)
-    (one / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # what v1 writes for "none"
-    assert read(tmp_path / "v1") == (None, None)
+    def read(v2: str = "v2", v1: str = "v1") -> tuple[int | None, int | None]:
+        return env._cgroup_memory((tmp_path / v2, tmp_path / v1))  # pyright: ignore[reportPrivateUsage]
+
+    assert read() == (None, None)
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2" / "memory.max").write_text("max\n")
+    assert read() == (None, None)
+    (tmp_path / "v2" / "memory.max").write_text("1000\n")
+    (tmp_path / "v2" / "memory.current").write_text("400\n")
+    (tmp_path / "v2" / "memory.stat").write_text("anon 250\ninactive_file 100\n")
+    assert read() == (1000, 300)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # what v1 writes for "none"
+    assert read("absent") == (None, None)
+    (tmp_path / "v1" / "memory.limit_in_bytes").write_text("5000\n")
+    assert read("absent") == (5000, None)
+
+
+def test_groups_from_the_root_to_the_own_one() -> None:
+    found = env._cgroups("4:cpu,memory:/box/job\n0::/unit\n", Path("/c"))  # pyright: ignore[reportPrivateUsage]
+    assert found == [
+        (Path("/c"), Path("/c/memory")),
+        (Path("/c/unit"), Path("/c/memory/box")),
+        (Path("/c/unit"), Path("/c/memory/box/job")),
+    ]
+    assert env._cgroups("", Path("/c")) == [(Path("/c"), Path("/c/memory"))]  # pyright: ignore[reportPrivateUsage]
+
+
+def test_resident_memory_grows_with_what_is_written() -> None:
+    before = env.resident_bytes()
+    if before is None:
+        pytest.skip("this system does not tell")
+    block = bytearray(b"x") * (64 << 20)
+    after = env.resident_bytes()
+    assert after is not None
+    assert after - before > len(block) // 2
 
 
 def test_folders_follow_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ the shared one are summed in float32 and rounded once, logits are float32.
 Legend: as in the modules: B batch, T tokens, H heads, N nope, R rope, V value, L latent.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from karakoram.errors import InputError
 from karakoram.formats import int4_group
 from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
@@ -88,8 +91,11 @@ class PackedFeedForward(nn.Module):
         return ops.mlp(x.reshape(-1, x.shape[-1]), *self.matrices).view(x.shape)
 
 
+SharedExperts = tuple[PackedMatrix, PackedMatrix, PackedMatrix]  # gate, up, down
+
+
 class PackedBank(nn.Module):
-    """The routed experts of a layer, as an `ExpertBank` has them."""
+    """The routed experts of a layer, all in memory."""
 
     def __init__(self, experts: PackedExperts) -> None:
         super().__init__()
@@ -97,22 +103,46 @@ class PackedBank(nn.Module):
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `ExpertBank.__call__`."""
-        return ops.moe(x_ND, ids_NK, weights_NK, self.packed)
+        return self.mix(x_ND, ids_NK, weights_NK, None)
+
+    def mix(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, shared: SharedExperts | None) -> Tensor:
+        """Routed and shared experts in one float32 sum: bf16 [N, D]."""
+        return ops.moe(x_ND, ids_NK, weights_NK, self.packed, shared)
+
+
+class FedBank(nn.Module):
+    """The routed experts of a layer, fed from elsewhere while the layer runs: an expert store sets `feed`.
+
+    feed    as `PackedBank.mix`, bit for bit
+    """
+
+    feed: Callable[[Tensor, Tensor, Tensor, SharedExperts | None], Tensor] | None = None
+
+    def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """See `ExpertBank.__call__`."""
+        return self.mix(x_ND, ids_NK, weights_NK, None)
+
+    def mix(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, shared: SharedExperts | None) -> Tensor:
+        """See `PackedBank.mix`. Raises InputError where nothing feeds it."""
+        if self.feed is None:
+            raise InputError("This model was loaded without its routed experts.", "Attach an expert store to it.")
+        return self.feed(x_ND, ids_NK, weights_NK, shared)
 
 
 class PackedMixture(MixtureOfExperts):
-    """Routed and shared experts in one call and one float32 sum; with another bank, as the plain one."""
+    """Routed and shared experts in one float32 sum; with a bank that is handed in, as the plain one."""
 
     def forward(self, x: Tensor, experts: ExpertBank | None = None, watch: Watch | None = None) -> Tensor:
         """See `MixtureOfExperts.forward`."""
-        if experts is not None or watch is not None:
+        if experts is not None:
             return super().forward(x, experts, watch)
         x_ND = x.reshape(-1, x.shape[-1])
         bank, shared = self.experts, self.shared_experts
-        assert isinstance(bank, PackedBank) and (shared is None or isinstance(shared, PackedFeedForward))
+        assert isinstance(bank, PackedBank | FedBank) and (shared is None or isinstance(shared, PackedFeedForward))
         ids_NK, weights_NK = self.gate(x_ND)
-        triple = None if shared is None else shared.matrices
-        return ops.moe(x_ND, ids_NK, weights_NK, bank.packed, triple).view(x.shape)
+        if watch is not None:
+            watch.see_routing(self.layer, ids_NK, self.gate.config.n_routed_experts)
+        return bank.mix(x_ND, ids_NK, weights_NK, None if shared is None else shared.matrices).view(x.shape)
 
 
 class PackedAttention(LatentAttention):
