@@ -5,6 +5,7 @@ the container count, not those of the host: cores from the scheduler's affinity 
 Sources: /proc and cgroup v1/v2 on Linux, `sysctl` on macOS.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -175,6 +176,20 @@ def resident_bytes() -> int | None:
     """Memory of this process that is in RAM now (RSS); None where the system does not tell."""
     words = _read("/proc/self/statm").split()
     return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 and words[1].isdigit() else None
+
+
+def peak_resident_bytes() -> int | None:
+    """The most that it ever was (VmHWM), or since `reset_peak_resident`; None where the system does not tell."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def reset_peak_resident() -> None:
+    """Begin `peak_resident_bytes` anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cgroups(membership: str, root: Path) -> list[tuple[Path, Path]]:

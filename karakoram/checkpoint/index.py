@@ -6,6 +6,7 @@ How a weight is stored is seen from its tensors, weight by weight, so formats ma
   X.weight                                           bf16, fp16 or fp32, as it is
   X.weight + X.weight_scale_inv                      fp8 in blocks
   X.weight_packed + X.weight_scale + X.weight_shape  int4 in groups
+Routed experts may lie in one file of records instead (`experts/`): they look like the tensors it was made from.
 """
 
 import json
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from karakoram.checkpoint import hf, names
+from karakoram.checkpoint.experts.layout import FILE_NAME
+from karakoram.checkpoint.experts.records import PackedTensors
 from karakoram.checkpoint.safetensors import TensorEntry, read_header, read_tensor
 from karakoram.config import ModelConfig, load_json_object
 from karakoram.errors import CheckpointError, FormatError, InputError
@@ -37,6 +40,7 @@ class Checkpoint:
     `vision`, `mtp`, `ignored`   what was set aside, under stored names: image tower and projector; layers of
                 multi-token prediction; stale buffers, and the head of a model whose head is its embedding
     `files`     the safetensors files, in order
+    `packed`    the file of packed experts, where there is one: its tensors are among `tensors`, like those of shards
     """
 
     def __init__(self, directory: Path, config: ModelConfig, raw_config: dict[str, Any], files: list[Path]) -> None:
@@ -48,6 +52,7 @@ class Checkpoint:
         self.vision: dict[str, TensorEntry] = {}
         self.mtp: dict[str, TensorEntry] = {}
         self.ignored: dict[str, TensorEntry] = {}
+        self.packed: PackedTensors | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor of that canonical name exactly as stored: packed words, fp8 codes or scales included."""
@@ -160,6 +165,10 @@ def open_checkpoint(
             f"{directory / INDEX_NAME} names {len(claims)} tensors that its files do not have: {_first(list(claims))}.",
             "The index belongs to other files; download both again.",
         )
+    if (directory / FILE_NAME).is_file():
+        checkpoint.packed = PackedTensors(directory / FILE_NAME)
+        for entry in checkpoint.packed.entries():
+            checkpoint._add(entry)
     return checkpoint
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from karakoram.config import ModelConfig
+from karakoram.errors import InputError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -30,6 +31,7 @@ _TEXT_PREFIXES = (
 )
 _VISION = re.compile(r"(model\.)?(vision_tower|mm_projector|multi_modal_projector|vision_model|visual)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT_PART = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight(\w*)")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 _LINEAR = re.compile(r"\.(self_attn|mlp|mlp\.shared_experts|mlp\.experts\.\d+)\.\w+_proj(_with_mqa)?\.weight$")
 
@@ -89,6 +91,19 @@ def is_table(name: str) -> bool:
 def expert_weight(layer: int, expert: int, projection: str) -> str:
     """The canonical name of one projection of one routed expert."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+
+
+def belongs_to_routed_expert(name: str) -> bool:
+    """Whether `name` is one of the tensors that the weight of a routed expert is stored as."""
+    return _EXPERT_PART.fullmatch(name) is not None
+
+
+def parse_expert(name: str) -> tuple[int, int, str, str]:
+    """(layer, expert, projection, what follows `weight`) of a tensor of a routed expert, by its canonical name."""
+    match = _EXPERT_PART.fullmatch(name)
+    if match is None:
+        raise InputError(f"{name} is no tensor of a routed expert.", "Their names are model.layers.L.mlp.experts.E.…")
+    return int(match[1]), int(match[2]), match[3], match[4]
 
 
 def expected_tensors(config: ModelConfig) -> Iterator[Expected]:

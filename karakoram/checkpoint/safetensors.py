@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,10 @@ _DAMAGED = "The file is damaged or was not written by safetensors; copy or downl
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies: `offset` counts from the start of `file`, `dtype` is a key of `DTYPES`."""
+    """Where one tensor lies: `offset` counts from the start of `file`, `dtype` is a key of `DTYPES`.
+
+    `container` reads it where its bytes do not lie there as they are (packed experts).
+    """
 
     file: str
     dtype: str
@@ -55,6 +58,15 @@ class TensorEntry(NamedTuple):
     offset: int
     nbytes: int
     stored_name: str
+    container: "Container | None" = None
+
+
+class Container(Protocol):
+    """A file that holds tensors in another order of bytes."""
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """One of its tensors as it was stored."""
+        ...
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -82,6 +94,8 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 def read_tensor(entry: TensorEntry) -> Tensor:
     """The tensor as stored, on the CPU, in memory of its own."""
+    if entry.container is not None:
+        return entry.container.read(entry)
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     view = buffer.numpy().data
     done = 0

@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 BUFFER_BYTES = 64 << 20
 RESERVED_HEADER_BYTES = 1 << 20  # 0.02 % of a full shard
 _NAME_BYTES = 160  # of a header beside the name: dtype, shape and offsets, generously
-_SPARE_BYTES = 64 << 20  # what must stay free beyond the tensors: headers, index, tokenizer
+SPARE_BYTES = 64 << 20  # what must stay free beyond the tensors: headers, index, tokenizer
 
 # What belongs to a checkpoint besides tensors and configuration; weights and their index are never copied.
 _COPIED = ("*.json", "tiktoken.model", "tokenizer.model", "*.jinja", "*.txt", "*.py", "LICENSE*", "README*")
@@ -61,7 +61,7 @@ def write_checkpoint(
     if total_bytes is None and isinstance(tensors, Sized):
         total_bytes = sum(tensor.nbytes for _, tensor in tensors)
     _remove_leftovers(out_dir)
-    _check_target(out_dir, overwrite)
+    check_target(out_dir, overwrite)
     with _scratch_directory(out_dir, total_bytes) as scratch:
         _check_free_space(scratch, total_bytes)
         if copy_from is not None:
@@ -70,7 +70,7 @@ def write_checkpoint(
             _write_file(scratch / _plain_name(name), content)
         _write_file(scratch / "config.json", _json(config_dict))
         _write_tensors(scratch, tensors, max_shard_bytes)
-        _flush_directory(scratch)
+        flush_directory(scratch)
         _move_into_place(scratch, out_dir)
     return out_dir
 
@@ -210,7 +210,7 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -218,7 +218,7 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_target(out_dir: Path, overwrite: bool) -> None:
+def check_target(out_dir: Path, overwrite: bool) -> None:
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
@@ -237,12 +237,12 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 
 def _check_free_space(scratch: Path, total_bytes: int | None) -> None:
     free = shutil.disk_usage(scratch).free
-    if total_bytes is not None and total_bytes + _SPARE_BYTES > free:
+    if total_bytes is not None and total_bytes + SPARE_BYTES > free:
         raise _disk_full(scratch.parent, total_bytes, free)
 
 
 def _disk_full(parent: Path, total_bytes: int | None, free: int) -> CheckpointError:
-    needed = "more" if total_bytes is None else f"{total_bytes + _SPARE_BYTES:,} bytes"
+    needed = "more" if total_bytes is None else f"{total_bytes + SPARE_BYTES:,} bytes"
     return CheckpointError(
         f"the disk of {parent} is full: {needed} needed, {free:,} bytes free.",
         "Free some space or write to another disk; nothing was left behind.",
@@ -308,6 +308,6 @@ def _move_into_place(scratch: Path, out_dir: Path) -> None:
     if replaces:
         out_dir.rename(aside)
     scratch.rename(out_dir)
-    _flush_directory(out_dir.parent)
+    flush_directory(out_dir.parent)
     if replaces:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from karakoram.cli import options
 from karakoram.errors import InputError
 
 bench_command = typer.Typer(
@@ -201,6 +202,39 @@ def serve(
     from karakoram.evals.bench.serve import serve_bench
 
     _finish(serve_bench(model, streams, generate, _threads(threads), isa and isa.value, _progress()), as_json)
+
+
+@bench_command.command("experts")
+def experts(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory; best one that `k2 pack` wrote.")],
+    shares: Annotated[
+        str, typer.Option("--shares", metavar="N,N,…", help="Per cent of the experts in memory, a row for each.")
+    ] = "12,25,50",
+    ram: Annotated[
+        list[str] | None, typer.Option("--ram", metavar="SIZE", help="A row with this memory for all; repeatable.")
+    ] = None,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens to decode, after 64 that warm up.")] = 200,
+    policy: options.ExpertPolicy = None,
+    no_prefetch: options.NoPrefetch = False,
+    threads: Threads = None,
+    isa: IsaOption = None,
+    as_json: Json = False,
+) -> None:
+    """A model whose experts are read from disk as they are needed, under several budgets.
+
+    \b
+    Examples:
+      k2 bench experts ./moonlight-packed
+      k2 bench experts ./moonlight-packed --shares 25 --ram 4GiB --json
+    """
+    from karakoram.evals.bench.experts.report import experts_bench
+
+    budgets = [options.size_in_bytes(size, "--ram") for size in ram or ()]
+    found = experts_bench(
+        model, _numbers(shares, "--shares") if shares else [], budgets,
+        generate, policy, not no_prefetch, _threads(threads), isa and isa.value, _progress(),
+    )  # fmt: skip
+    _finish(found, as_json)
 
 
 # ------------------------------------------------------------------------------------------------ in and out

@@ -27,6 +27,7 @@ Ctrl-C stops an answer; arrow keys bring back earlier lines"""
 
 
 def chat_command(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -55,6 +56,11 @@ def chat_command(
     no_thinking: options.NoThinking = False,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.bfloat16,
+    ram: options.Ram = None,
+    expert_ram: options.ExpertRam = None,
+    expert_policy: options.ExpertPolicy = None,
+    no_prefetch: options.NoPrefetch = False,
+    trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
     """Talk to a model; without arguments, to the bundled one.
@@ -88,7 +94,9 @@ def chat_command(
         session, sampling, where = open_remote(url, model, api_key, temperature, top_p)
     else:
         assert model is not None
-        opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [])
+        experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
+        opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [], experts)
+        ctx.call_on_close(opened.close)
         sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)
         session, where = opened.session(), f"{model} · {opened.fmt.dialect} · {opened.where} · {sampling}"
     lines = _line_input() if interactive else None

@@ -21,6 +21,7 @@ DEFAULT_MAX_TOKENS = 128  # raw text has no natural end
 
 
 def generate_command(
+    ctx: typer.Context,
     model: options.ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The text; - reads standard input.")],
     max_tokens: Annotated[
@@ -42,6 +43,11 @@ def generate_command(
     ] = False,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.bfloat16,
+    ram: options.Ram = None,
+    expert_ram: options.ExpertRam = None,
+    expert_policy: options.ExpertPolicy = None,
+    no_prefetch: options.NoPrefetch = False,
+    trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
     """Continue a text, greedily unless told otherwise.
@@ -65,13 +71,18 @@ def generate_command(
     declared = opening.read_tools(tools) if tools else None
     directory = opening.open_directory(model)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
     if chat:
-        opened = opening.open_for_chat(str(directory), dialect, device, dtype.value, allow_config_key or [])
+        opened = opening.open_for_chat(str(directory), dialect, device, dtype.value, allow_config_key or [], experts)
+        ctx.call_on_close(opened.close)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         _chat(opened, messages, declared, not no_thinking, max_tokens, sampling, as_json)
     else:
-        model_ = opening.load(directory, device, dtype.value, allow_config_key or [])
+        model_, store = opening.load_fed(directory, device, dtype.value, allow_config_key or [], experts)
+        if store is not None:
+            ctx.call_on_close(store.close)
+            print(store, file=sys.stderr)
         _raw(model_, directory, text, allow_special, max_tokens, sampling, as_json)
 
 

@@ -83,36 +83,82 @@ class Opened:
     directory: Path
     model: Any
     fmt: Any
+    store: Any = None  # of experts, where they are not all in memory
 
     @property
     def where(self) -> str:
-        """Device and dtype, for the user."""
-        return f"{self.model.device} {str(self.model.dtype).removeprefix('torch.')}"
+        """Device and dtype, and what is in memory where not all is, for the user."""
+        place = f"{self.model.device} {str(self.model.dtype).removeprefix('torch.')}"
+        return place if self.store is None else f"{place} · {self.store}"
+
+    def close(self) -> None:
+        """End what reads experts."""
+        if self.store is not None:
+            self.store.close()
 
     def session(self) -> Session:
         return Session(self.model, self.fmt)
 
 
-def open_for_chat(model: str, dialect: str | None, device: str, dtype: str, allow_config_keys: list[str]) -> Opened:
-    """Open MODEL with its chat format. The format comes first: a mistake in it should not cost the time of a load."""
+def open_for_chat(
+    model: str,
+    dialect: str | None,
+    device: str,
+    dtype: str,
+    allow_config_keys: list[str],
+    experts: Any = None,
+    cache_tokens: int | None = None,
+) -> Opened:
+    """Open MODEL with its chat format. The format comes first: a mistake in it should not cost the time of a load.
+
+    experts: `StoreOptions`, for commands that can run a model bigger than memory.
+    """
     from karakoram.chat import load_chat_format
 
     directory = open_directory(model)
     fmt = load_chat_format(directory, dialect=dialect)
-    loaded = load(directory, device, dtype, allow_config_keys)
+    loaded, store = load_fed(directory, device, dtype, allow_config_keys, experts, cache_tokens)
     check_vocabulary(fmt.tokenizer, loaded.config)
-    return Opened(directory, loaded, fmt)
+    return Opened(directory, loaded, fmt, store)
+
+
+def load_fed(
+    directory: Path,
+    device: str,
+    dtype: str,
+    allow_config_keys: list[str],
+    experts: Any = None,
+    cache_tokens: int | None = None,
+) -> tuple[Any, Any]:
+    """The model, and the store of its experts where it has one. Options that need a store and find none are errors."""
+    from karakoram.engine.expert_store.budget import CACHE_TOKENS
+    from karakoram.engine.expert_store.opening import open_fed
+
+    if experts is not None and dtype == "bfloat16" and _first_device(device) == "cpu":
+        fed = open_fed(directory, experts, tuple(allow_config_keys), cache_tokens or CACHE_TOKENS)
+        if fed is not None:
+            return fed.model, fed.store
+    elif experts is not None and experts.asked:
+        raise InputError(
+            f"--ram, --expert-ram, --expert-policy and --trace need bfloat16 on a CPU, not {dtype} on {device}.",
+            "Add --device cpu, and leave --dtype out.",
+        )
+    return load(directory, device, dtype, allow_config_keys), None
 
 
 def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str], dense: bool = False) -> Any:
     """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
     from karakoram.model.load import load_model
 
-    if device == "auto":
-        import torch
+    return load_model(directory, _first_device(device), dtype, tuple(allow_config_keys), dense)
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(directory, device, dtype, tuple(allow_config_keys), dense)
+
+def _first_device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def sampling_for(

@@ -1,10 +1,16 @@
 """Options that several commands share, and what they mean in one place."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from karakoram.errors import InputError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_STEPS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class Dtype(StrEnum):
@@ -33,3 +39,44 @@ AllowConfigKey = Annotated[
     list[str] | None,
     typer.Option("--allow-config-key", metavar="KEY", help="Accept this unknown key of config.json; repeatable."),
 ]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        "--ram", metavar="SIZE", help="Memory of the whole process, e.g. 16GiB, or most of what is free."
+    ),
+]
+ExpertRam = Annotated[
+    str | None, typer.Option("--expert-ram", metavar="SIZE", help="Memory of the routed experts alone.")
+]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Record which experts every token visits.")
+]
+ExpertPolicy = Annotated[
+    str | None, typer.Option("--expert-policy", metavar="NAME", help="Which experts stay in memory: hybrid, lru, lfu.")
+]
+NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Read no expert before it is needed.")]
+
+
+def store_options(
+    ram: str | None, expert_ram: str | None, trace: Path | None, policy: str | None, no_prefetch: bool
+) -> Any:
+    """The five options above as one `StoreOptions`."""
+    from karakoram.engine.expert_store.opening import StoreOptions
+
+    return StoreOptions(
+        None if ram is None else size_in_bytes(ram, "--ram"),
+        None if expert_ram is None else size_in_bytes(expert_ram, "--expert-ram"),
+        policy,
+        not no_prefetch,
+        trace,
+    )
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """16GiB, 16G (the same), 16GB (decimal), 500MB or plain bytes. Raises InputError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"{option} {text!r} is no size.", "Write it like 16GiB, 16GB or 500MB.")
+    number, step, binary = match.groups()
+    decimal = text.strip().upper().endswith("B") and not binary
+    return int(float(number) * (1000 if decimal else 1024) ** _STEPS[step.upper()])

@@ -19,6 +19,8 @@ import karakoram
 from karakoram.cli import options
 from karakoram.errors import InputError
 
+STORE_CONTEXT = 16_384  # tokens of context and cache, where experts take the memory and nobody says how many
+
 
 def serve_command(
     model: Annotated[
@@ -55,6 +57,11 @@ def serve_command(
     dialect: options.Dialect = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = options.Dtype.bfloat16,
+    ram: options.Ram = None,
+    expert_ram: options.ExpertRam = None,
+    expert_policy: options.ExpertPolicy = None,
+    no_prefetch: options.NoPrefetch = False,
+    trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
     """Serve a model through OpenAI's and Anthropic's APIs.
@@ -78,17 +85,23 @@ def serve_command(
             f"{host} can be reached from other machines, and there is no key.",
             "Set K2_API_KEY, or say --allow-public if everybody may use this model.",
         )
+    experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
     located = opening.locate(model)
     service = Service(name or names_of(model), keys, version=karakoram.__version__)
     bound = bind(host, port, service.limits.stalled_s)
     server = Server(create_app(service))
 
+    loaded: list[Any] = []
+
     def load() -> Any:
-        opened = opening.open_for_chat(located, dialect, device, dtype.value, allow_config_key or [])
+        held = max(cache_tokens or STORE_CONTEXT, context or 0)
+        opened = opening.open_for_chat(located, dialect, device, dtype.value, allow_config_key or [], experts, held)
+        loaded.append(opened)
+        fed = opened.store is not None  # then the experts have all memory that was not set aside
         engine = {
-            "context": context,
+            "context": context or (min(held, opened.model.config.max_position_embeddings) if fed else None),
             "most_running": max_concurrency,
-            "cache_tokens": cache_tokens,
+            "cache_tokens": held if fed else cache_tokens,
             "deterministic": deterministic,
             "speculate": not no_speculate,
         }
@@ -103,6 +116,8 @@ def serve_command(
         pass  # how one ends a server: code 0
     finally:
         loading.close()
+        for opened in loaded:
+            opened.close()
     if loading.error is not None:
         raise loading.error
 

@@ -3,35 +3,28 @@
 `PackedMatrix` is one matrix, `PackedExperts` the routed experts of a layer, one contiguous record each: gate, up,
 down. The layout is described where it is decoded (`cpu/src/isa/kernels.hpp`); it has a version, takes no more bytes
 than the checkpoint (outputs are padded to 16, inputs to 64, which no released size needs), serves every instruction
-set, and can be written to disk as it is. This file is its plain twin: packing and unpacking in torch, slow and
-obvious.
+set, and goes to disk as it is (`checkpoint/experts/layout.py`). This file is its plain twin: packing and unpacking in
+torch, slow and obvious.
 
 Legend: P panels, B blocks of 64 inputs, n output within a panel, g group of 32 within a block, c vector, j pair, b
 parity.
 """
 
-import json
-import mmap
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from karakoram.errors import CheckpointError, FormatError
+from karakoram.errors import FormatError
 from karakoram.formats import fp8_block, int4_group
 
 LAYOUT_VERSION = 1  # K2_LAYOUT_VERSION in karakoram.h
 PANEL, BLOCK = 16, 64
 Kind = Literal["int4", "bf16", "fp8"]
 BLOCK_BYTES: dict[Kind, int] = {"int4": 576, "bf16": 2 * PANEL * BLOCK, "fp8": PANEL * BLOCK}
-_MAGIC = b"K2PANELS"
-_PAGE = 4096  # records on disk are aligned for O_DIRECT
 
 
 def packed_bytes(kind: Kind, outputs: int, inputs: int) -> int:
@@ -69,10 +62,7 @@ class PackedMatrix:
             return int4_group.dequantize(codes, scale)
         if self.kind == "bf16":
             return _unpack_pairs(self.data.view(torch.bfloat16), self.outputs, self.inputs)
-        panels = packed_bytes("bf16", self.outputs, self.inputs) // 2
-        codes = _unpack_pairs(self.data[:panels], self.outputs, self.inputs)
-        scale = self.data[panels:].view(torch.float32).view(-(-self.outputs // 128), -(-self.inputs // 128))
-        return fp8_block.dequantize(codes.view(torch.float8_e4m3fn), scale)
+        return fp8_block.dequantize(*unpack_fp8(self))
 
 
 @dataclass(frozen=True)
@@ -167,6 +157,14 @@ def unpack_int4(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
     return int4_group.pack((q - 8).to(torch.int8).contiguous()), scale.contiguous()
 
 
+def unpack_fp8(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
+    """Back to weight float8_e4m3fn [N, K] and weight_scale_inv float32 [N/128, K/128] (a view)."""
+    panels = packed_bytes("bf16", matrix.outputs, matrix.inputs) // 2
+    codes = _unpack_pairs(matrix.data[:panels], matrix.outputs, matrix.inputs)
+    scale = matrix.data[panels:].view(torch.float32).view(-(-matrix.outputs // 128), -(-matrix.inputs // 128))
+    return codes.view(torch.float8_e4m3fn), scale
+
+
 def pack_pairs(weight: Tensor) -> Tensor:
     """bf16 or fp8 codes [N, K] -> the same numbers pair by pair in panels, flat (twin of k2_pack_bf16)."""
     weight = F.pad(weight, (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % PANEL))
@@ -177,64 +175,3 @@ def _unpack_pairs(data: Tensor, outputs: int, inputs: int) -> Tensor:
     padded = -(-inputs // BLOCK) * BLOCK
     pairs = data.view(-1, padded // 2, PANEL, 2).transpose(1, 2).reshape(-1, padded)
     return pairs[:outputs, :inputs].contiguous()
-
-
-# ------------------------------------------------------------------------------------------------ on disk
-
-
-def write_experts(path: Path, layers: Sequence[PackedExperts]) -> None:
-    """Layers of equal shape into one file: a page of JSON, then record after record, each on a page of its own."""
-    first = layers[0]
-    if first.kind != "int4":
-        raise FormatError(f"Experts in {first.kind} are written to no file.", "Write those of an int4 checkpoint.")
-    for layer in layers:
-        if (layer.records.shape, layer.hidden, layer.kind) != (first.records.shape, first.hidden, first.kind):
-            raise FormatError("Layers differ in their number or size of experts.", "Write those of equal shape.")
-    header = {
-        "layout_version": LAYOUT_VERSION, "layers": len(layers), "experts": first.experts,
-        "hidden": first.hidden, "intermediate": first.intermediate,
-    }  # fmt: skip
-    text = _MAGIC + json.dumps(header).encode()
-    padding = bytes(-first.records.shape[1] % _PAGE)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(text.ljust(_PAGE, b"\0"))
-        for layer in layers:
-            for record in layer.records:
-                file.write(record.numpy().data)
-                file.write(padding)
-    os.replace(partial, path)
-
-
-def _header(path: Path, head: bytes) -> dict[str, int]:
-    try:
-        header = dict(json.loads(head[len(_MAGIC) :].rstrip(b"\0")))
-    except (TypeError, ValueError):
-        raise CheckpointError(f"The header of {path} is damaged, or was cut short.", "Pack it again.") from None
-    if header.get("layout_version") == LAYOUT_VERSION:
-        for key in ("layers", "experts", "hidden", "intermediate"):
-            if not isinstance(header.get(key), int) or header[key] < 1:
-                raise CheckpointError(f"The header of {path} names {key} {header.get(key)!r}.", "Pack it again.")
-    return header
-
-
-def open_experts(path: Path) -> list[PackedExperts]:
-    """The layers of a file, mapped, not read. Raises CheckpointError for another version, or a file cut short."""
-    with path.open("rb") as file:
-        head = file.read(_PAGE)
-        if not head.startswith(_MAGIC):
-            raise CheckpointError(f"{path} holds no packed experts.", "Load the checkpoint that it was made from.")
-        header = _header(path, head)
-        if header.get("layout_version") != LAYOUT_VERSION:
-            raise CheckpointError(
-                f"{path} has layout version {header.get('layout_version')}, this program reads {LAYOUT_VERSION}.",
-                "Pack it again from its checkpoint: load_model(checkpoint), then write_experts.",
-            )
-        size = record_bytes(header["hidden"], header["intermediate"])
-        stride = -(-size // _PAGE) * _PAGE
-        wanted = _PAGE + header["layers"] * header["experts"] * stride
-        if os.fstat(file.fileno()).st_size != wanted:
-            raise CheckpointError(f"{path} is not {wanted:,} bytes long: it was cut short.", "Pack it again.")
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
-    data = torch.frombuffer(mapped, dtype=torch.uint8)[_PAGE:].view(header["layers"], header["experts"], stride)
-    return [PackedExperts(layer[:, :size], header["hidden"], header["intermediate"]) for layer in data]

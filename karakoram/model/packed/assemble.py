@@ -17,6 +17,7 @@ from karakoram.model.attention import LatentAttention
 from karakoram.model.moe import MixtureOfExperts
 from karakoram.model.packed.layers import join
 from karakoram.model.packed.modules import (
+    FedBank,
     PackedAttention,
     PackedBank,
     PackedEmbedding,
@@ -96,6 +97,8 @@ class CheckpointWeights:
 
     def matrix(self, name: str, outputs: int, inputs: int, out: Tensor | None = None) -> PackedMatrix:
         """See `Weights`; the checkpoint's shapes have been checked."""
+        if self.checkpoint.packed is not None and names.is_routed_expert(name):
+            return self.checkpoint.packed.matrix(name, out)
         match self.kind(name):
             case "int4":
                 return ops.pack_int4(*self._int4_parts(name), out)
@@ -113,8 +116,11 @@ class CheckpointWeights:
 
 
 @torch.no_grad()
-def assemble(model: Transformer, weights: Weights) -> None:
-    """Fill a model on the meta device with packed weights, one by one; peak memory is the model and one expert."""
+def assemble(model: Transformer, weights: Weights, routed_experts: bool = True) -> None:
+    """Fill a model on the meta device with packed weights, one by one; peak memory is the model and one expert.
+
+    Without routed experts, each layer's bank is a `FedBank`.
+    """
     c, decoder, table = model.config, model.model, "model.embed_tokens.weight"
     rows = weights.table(table, decoder.embed_tokens.weight)
     if isinstance(rows, Tensor):
@@ -133,7 +139,7 @@ def assemble(model: Transformer, weights: Weights) -> None:
         if number < c.first_k_dense_replace:
             layer.mlp = PackedFeedForward(*_triple(weights, f"{stem}.mlp", c.hidden_size, c.intermediate_size))
         else:
-            _pack_mixture(layer.mlp, weights, f"{stem}.mlp", c)
+            _pack_mixture(layer.mlp, weights, f"{stem}.mlp", c, routed_experts)
     join(decoder)
 
 
@@ -157,24 +163,31 @@ def _triple(weights: Weights, stem: str, hidden: int, inner: int) -> Triple:
     )
 
 
-def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig) -> None:
+def _pack_mixture(
+    mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig, routed_experts: bool
+) -> None:
     gate = mixture.gate
     gate.weight = nn.Parameter(weights.plain(f"{stem}.gate.weight", gate.weight), requires_grad=False)
     gate.__class__ = PackedRouter
     _put(gate, "matrix", ops.pack_bf16(gate.weight.detach()))
     bias = "e_score_correction_bias"
     gate.e_score_correction_bias = weights.plain(f"{stem}.gate.{bias}", gate.e_score_correction_bias)
-    kind = weights.kind(f"{stem}.experts.0.{PROJECTIONS[0]}.weight")
-    experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, kind)
-    for expert in range(c.n_routed_experts):
-        for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
-            weights.matrix(f"{stem}.experts.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
+    bank = _packed_bank(weights, f"{stem}.experts", c) if routed_experts else FedBank()
     inner = c.n_shared_experts * c.moe_intermediate_size
-    _put(mixture, "experts", PackedBank(experts))
+    _put(mixture, "experts", bank)
     if inner:
         triple = _triple(weights, f"{stem}.shared_experts", c.hidden_size, inner)
         _put(mixture, "shared_experts", PackedFeedForward(*triple))
     mixture.__class__ = PackedMixture
+
+
+def _packed_bank(weights: Weights, stem: str, c: ModelConfig) -> PackedBank:
+    kind = weights.kind(f"{stem}.0.{PROJECTIONS[0]}.weight")
+    experts = empty_experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, kind)
+    for expert in range(c.n_routed_experts):
+        for projection, part in zip(PROJECTIONS, experts.parts(expert), strict=True):
+            weights.matrix(f"{stem}.{expert}.{projection}.weight", part.outputs, part.inputs, part.data)
+    return PackedBank(experts)
 
 
 def _pack_attention(attention: LatentAttention, weights: Weights, stem: str) -> None:

@@ -1,0 +1,1 @@
+"""Routed experts in whatever memory there is: accelerator, RAM, disk; moved by what the model asks for."""

@@ -1,0 +1,107 @@
+"""From a checkpoint and a budget to a model that runs: all in memory where it fits, with a store where it does not."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from karakoram.checkpoint import Checkpoint, open_checkpoint
+from karakoram.checkpoint.experts import ExpertSource, open_expert_source
+from karakoram.engine.expert_store.budget import CACHE_TOKENS, Budget, budget_of
+from karakoram.engine.expert_store.policy import policy_named
+from karakoram.engine.expert_store.store import ExpertStore
+from karakoram.env import resident_bytes
+from karakoram.errors import InputError
+from karakoram.model.load import load_model
+from karakoram.model.packed.assemble import can_run_packed
+from karakoram.model.transformer import Transformer
+
+FLOOR_SHARE = 0.5  # of a layer's even share of the slots that eviction leaves it
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a user may say about memory. All None: the store serves where the model does not fit."""
+
+    ram_bytes: int | None = None  # of the whole process
+    expert_bytes: int | None = None  # of the experts alone
+    policy: str | None = None
+    guessing: bool = True
+    trace: Path | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was said that needs a store."""
+        return any(one is not None for one in (self.ram_bytes, self.expert_bytes, self.policy, self.trace))
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A model and the store that feeds it. Close the store when the model has run."""
+
+    model: Transformer
+    store: ExpertStore
+    budget: Budget
+
+
+def open_fed(
+    path_or_hub_id: str | Path,
+    options: StoreOptions,
+    allow_config_keys: tuple[str, ...] = (),
+    cache_tokens: int = CACHE_TOKENS,
+) -> Fed | None:
+    """The model fed by a store; None where nothing asks for one: all fits, or it is no model that a store can feed.
+
+    Raises InputError for a budget below the least, or where a store was asked for and cannot be.
+    """
+    checkpoint = open_checkpoint(path_or_hub_id, allow_config_keys)
+    checkpoint.check()
+    c = checkpoint.config
+    can = can_run_packed(checkpoint, torch.device("cpu"), torch.bfloat16) and c.num_moe_layers > 0
+    if not can:
+        if options.asked:
+            raise InputError(
+                f"{checkpoint.dir} cannot have its experts on disk.",
+                "That needs routed experts, the CPU kernels (`k2 doctor`), and bfloat16 on a CPU.",
+            )
+        return None
+    source = open_expert_source(checkpoint)
+    try:
+        budget = budget_of(checkpoint, source, options.ram_bytes, options.expert_bytes, cache_tokens)
+        if not options.asked and budget.holds(len(source.layers) * source.experts):
+            source.close()
+            return None
+        budget.slots()  # refuses what is too little before the time of loading is spent
+        return _load(checkpoint, source, options, allow_config_keys, cache_tokens)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _load(
+    checkpoint: Checkpoint,
+    source: ExpertSource,
+    options: StoreOptions,
+    allow_config_keys: tuple[str, ...],
+    cache_tokens: int,
+) -> Fed:
+    model = load_model(checkpoint.dir, allow_config_keys=allow_config_keys, routed_experts=False)
+    gc.collect()
+    budget = budget_of(
+        checkpoint, source, options.ram_bytes, options.expert_bytes, cache_tokens, others_bytes=resident_bytes()
+    )
+    slots = budget.slots()
+    layers = len(source.layers)
+    trace = None
+    if options.trace is not None:
+        from karakoram.engine.expert_store.trace import TraceWriter
+
+        trace = TraceWriter(options.trace, source.layers, source.experts, checkpoint.config.num_experts_per_tok)
+    floor = int(FLOOR_SHARE * min(slots, layers * source.experts) / layers)
+    name = options.policy or "hybrid"
+    policy = policy_named(name, layers, source.experts)
+    store = ExpertStore(source, slots, policy, floor, options.guessing, trace=trace, limit_bytes=budget.total_bytes)
+    store.policy = name
+    store.attach(model)
+    return Fed(model, store, budget)

@@ -1,0 +1,369 @@
+"""Routed experts that live on disk and visit memory: what a layer's `FedBank` is fed by.
+
+    ids ─▶ residency (who is here, who must go) ─┬▶ here: the kernels begin at once
+                                                 └▶ not here: readers ─▶ the kernels, one by one as they arrive
+    next layer's router on this layer's input ─▶ guesses, read in what time the disk has left
+
+The kernels sum a token's experts in the order of its slots, so the result is the same bits whatever was in memory, in
+whatever order the rest arrived, with or without guesses.
+
+A layer whose batch wants more experts than there are slots runs in rounds: an expert's slot is free for the next as
+soon as its tokens are through. So the smallest store that works has one slot; a fast one holds a layer's batch.
+
+Legend: N tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from karakoram.checkpoint.experts import ExpertSource
+from karakoram.engine.expert_store.arena import Arena
+from karakoram.engine.expert_store.foresight import Foresight
+from karakoram.engine.expert_store.policy import Policy
+from karakoram.engine.expert_store.readers import Read, Readers
+from karakoram.engine.expert_store.residency import REFUSED, Residency
+from karakoram.env import resident_bytes
+from karakoram.errors import CheckpointError, ExpertUnavailable, InputError
+from karakoram.kernels import ops
+from karakoram.model.packed.modules import FedBank, SharedExperts
+from karakoram.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from karakoram.engine.expert_store.trace import TraceWriter
+
+MOST_IN_FLIGHT = 32  # reads of one layer's experts: more slots than that, waiting for the disk, help nobody
+SPARE_SLOTS = 4  # for reads that were stopped and have not let go yet
+CHECK_S = 1.0  # between two looks at the file: was it replaced?
+
+_Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Counters:
+    """Since the store was opened. Demands count (layer, expert) once a batch."""
+
+    passes: int = 0
+    demanded: int = 0
+    hits: int = 0  # in memory, or on their way by a guess
+    guessed: int = 0
+    guessed_right: int = 0
+    waited_s: float = 0.0  # for the disk, with nothing to compute
+    computing_s: float = 0.0  # in the kernels
+    feeding_s: float = 0.0  # from a layer's ids to its sum
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one layer took of one batch, for benchmarks."""
+
+    index: int
+    missed: int  # experts that were not in memory when they were wanted
+    computing_s: float
+    feeding_s: float
+
+
+@dataclass
+class _Layer:
+    """One layer's work on one batch."""
+
+    index: int
+    steps: ops.MoeSteps
+    ids_NK: Tensor
+    queue: list[int]  # keys that have no slot yet
+    pending: dict[int, Read] = field(default_factory=dict)  # keys that are being read
+    computing_s: float = 0.0
+
+
+class ExpertStore:
+    """Feeds one model's routed experts from a source. Any thread may run the model; layers take turns."""
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        capacity: int,
+        policy: Policy,
+        floor: int = 0,
+        guessing: bool = True,
+        threads: int = 4,
+        trace: TraceWriter | None = None,
+        limit_bytes: int | None = None,
+    ) -> None:
+        """capacity: experts in memory at most, over all layers. limit_bytes: of the process; slots are given back
+        where it grows beyond."""
+        self.source, self.trace, self.policy, self.limit_bytes = source, trace, "", limit_bytes
+        self.counters = Counters()
+        self.log: list[Visit] | None = None  # a list, to be filled
+        everything = len(source.layers) * source.experts
+        self.capacity = min(capacity, everything)
+        spare = SPARE_SLOTS if self.capacity < everything else 0
+        self._arena = Arena(self.capacity + spare, source.slot_bytes, source.record_bytes)
+        self.residency = Residency(len(source.layers), source.experts, self.capacity, policy, floor)
+        self.readers = Readers(source, threads)
+        self._guessing, self._foresight = guessing, None
+        self._slots: dict[int, int] = {}
+        self._guesses: dict[int, Read] = {}  # on their way, or arrived and not yet asked about
+        self._begun: dict[int, float] = {}  # when each guess was given to the readers
+        self._leaving: list[tuple[Read, int]] = []  # stopped reads and their slots
+        self._checked_s = time.monotonic()
+        self._lock = threading.Lock()
+
+    def attach(self, model: Transformer) -> None:
+        """Feed this model, which was loaded without its routed experts."""
+        routers, norms = [], []
+        for index, number in enumerate(self.source.layers):
+            layer: Any = model.model.layers[number]
+            bank = layer.mlp.experts
+            if not isinstance(bank, FedBank):
+                raise InputError("This model has its experts already.", "Load it with routed_experts=False.")
+            bank.feed = self._feeder(index)
+            routers.append(layer.mlp.gate)
+            norms.append(layer.post_attention_layernorm.weight)
+        if self._guessing and self.capacity < len(self.source.layers) * self.source.experts:
+            self._foresight = Foresight(routers, norms)
+
+    def _feeder(self, index: int) -> Callable[[Tensor, Tensor, Tensor, SharedExperts | None], Tensor]:
+        def feed(x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, shared: SharedExperts | None) -> Tensor:
+            with self._lock:
+                began = time.perf_counter()
+                mixed_ND, missed, computing_s = self._mix(index, (x_ND, ids_NK, weights_NK), shared)
+                took = time.perf_counter() - began
+            self.counters.feeding_s += took
+            self.counters.computing_s += computing_s
+            if self.log is not None:
+                self.log.append(Visit(index, missed, computing_s, took))
+            return mixed_ND
+
+        return feed
+
+    def _mix(self, index: int, rows: _Rows, shared: SharedExperts | None) -> tuple[Tensor, int, float]:
+        """A layer's experts on a batch; how many were missing, seconds in the kernels.
+
+        Raises ExpertUnavailable for one that cannot be read.
+        """
+        x_ND, ids_NK, weights_NK = rows
+        source = self.source
+        if index == 0:
+            self._keep_within()
+        if self.trace is not None:
+            self.trace.record(source.layers[index], ids_NK.numpy())
+        self._check_source()
+        wanted = np.unique(ids_NK.numpy())
+        here, missing = self._demand(index, wanted)
+        missed = len(missing)
+        steps = ops.MoeSteps(x_ND, ids_NK, weights_NK, source.experts, source.intermediate, source.kind)
+        layer = _Layer(index, steps, ids_NK, missing)
+        try:
+            self._take_over_guesses(layer, here)
+            self._request(layer)
+            self._guess(index, x_ND)
+            self._compute(layer, [key for key in here if key not in layer.pending])
+            if shared is not None:
+                self._timed(layer, steps.shared, shared)
+            while layer.pending or layer.queue:
+                self._request(layer)  # what was computed has made room
+                self._compute(layer, self._arrived(layer))
+        except BaseException:
+            self._abandon(layer)
+            raise
+        finally:
+            self.residency.release(index)
+        return self._timed(layer, steps.finish), missed, layer.computing_s
+
+    def _timed(self, layer: _Layer, work: Callable[..., Any], *arguments: Any) -> Any:
+        before = time.perf_counter()
+        result = work(*arguments)
+        layer.computing_s += time.perf_counter() - before
+        return result
+
+    def _demand(self, index: int, wanted: np.ndarray) -> tuple[list[int], list[int]]:
+        counters = self.counters
+        counters.passes += index == 0
+        here, missing = self.residency.demand(index, wanted)
+        counters.demanded += len(here) + len(missing)
+        counters.hits += len(here)
+        self._drop_wrong_guesses(index, set(here))
+        return here, missing
+
+    def _compute(self, layer: _Layer, keys: Sequence[int]) -> None:
+        """The kernels' part; the keys' slots may be given to others from here on."""
+        if not keys:
+            return
+        experts = self.source.experts
+        records = [self._arena.record(self._slots[key]) for key in keys]
+        self._timed(layer, layer.steps.experts, [key % experts for key in keys], records)
+        self.residency.release(layer.index, keys)
+
+    def _request(self, layer: _Layer) -> None:
+        """Begin reads of what is missing, as far as there are slots."""
+        taken: list[int] = []
+        while layer.queue and len(layer.pending) + len(taken) < MOST_IN_FLIGHT:
+            if not self._make_room(layer.queue[0], guessed=False):
+                break
+            taken.append(layer.queue.pop(0))
+        if taken:
+            layer.pending.update(zip(taken, self._submit(taken, urgent=True), strict=True))
+
+    def _submit(self, keys: list[int], urgent: bool) -> list[Read]:
+        source = self.source
+        places = [divmod(key, source.experts) for key in keys]
+        wanted = [
+            (source.layers[at], expert, self._arena.slot(self._slots[key]))
+            for key, (at, expert) in zip(keys, places, strict=True)
+        ]
+        return self.readers.submit(wanted, urgent)
+
+    def _arrived(self, layer: _Layer) -> list[int]:
+        """Wait for at least one of the layer's reads; the keys of those that are here."""
+        if not layer.pending:
+            raise InputError(f"Pins leave no room in a store of {self.capacity} experts.", "Give it more memory.")
+        before = time.perf_counter()
+        finished = set(map(id, self.readers.wait(list(layer.pending.values()))))
+        self.counters.waited_s += time.perf_counter() - before
+        keys = [key for key, read in layer.pending.items() if id(read) in finished]
+        for key in keys:
+            if (error := layer.pending[key].error) is not None:
+                raise self._unavailable(layer, key, error)
+            del layer.pending[key]
+        return keys
+
+    def _unavailable(self, layer: _Layer, key: int, error: BaseException) -> BaseException:
+        if not isinstance(error, CheckpointError):
+            return error
+        rows = (layer.ids_NK == key % self.source.experts).any(-1).nonzero().flatten().tolist()
+        return ExpertUnavailable(error.what, error.fix, tuple(rows))
+
+    def _make_room(self, key: int, guessed: bool) -> bool:
+        """A slot for this key; False where none can be had now."""
+        self._sweep()
+        victim = self.residency.admit(key, guessed)
+        if victim == REFUSED:
+            return False
+        if victim is None:
+            self._slots[key] = self._take_slot()
+            return True
+        slot = self._slots.pop(victim)
+        if (read := self._guesses.pop(victim, None)) is not None:
+            self._wrong(victim, read)
+            self._stop(read, slot)
+            slot = self._take_slot()
+        self._slots[key] = slot
+        return True
+
+    def _take_slot(self) -> int:
+        while not self._arena.free and self._leaving:
+            self.readers.wait([read for read, _ in self._leaving])
+            self._sweep()
+        return self._arena.take()
+
+    # -------------------------------------------------------------------------------------------- guesses
+
+    def _guess(self, index: int, x_ND: Tensor) -> None:
+        """Begin to read what the next layer may want, with what time the disk has left."""
+        if self._foresight is None or (guesses := self._foresight.guess(index, x_ND)) is None:
+            return
+        first = (index + 1) * self.source.experts
+        taken: list[int] = []
+        for expert in guesses.tolist():
+            key = first + expert
+            if self.residency.resident[key]:
+                continue
+            if len(self._guesses) + len(taken) >= MOST_IN_FLIGHT or not self._make_room(key, guessed=True):
+                break
+            taken.append(key)
+        taken = [key for key in taken if key in self._slots]  # in a tiny store, one may have taken another's place
+        now = time.perf_counter()
+        for key, read in zip(taken, self._submit(taken, urgent=False), strict=True):
+            self._guesses[key], self._begun[key] = read, now
+        self.counters.guessed += len(taken)
+
+    def _take_over_guesses(self, layer: _Layer, here: list[int]) -> None:
+        """Wanted experts that a guess has asked for: wait for those like for any other."""
+        taken = {key: self._guesses.pop(key) for key in here if key in self._guesses}
+        self.readers.promote(list(taken.values()))
+        now = time.perf_counter()
+        for key, read in taken.items():
+            self.counters.guessed_right += 1
+            assert self._foresight is not None
+            begun = self._begun.pop(key)
+            self._foresight.right(min(now - begun, read.seconds) if read.finished else read.seconds)
+        layer.pending.update(taken)
+
+    def __str__(self) -> str:
+        everything = len(self.source.layers) * self.source.experts
+        return (
+            f"{self.capacity:,} of {everything:,} experts in memory ({self.capacity / everything:.0%}, {self.policy})"
+        )
+
+    def _drop_wrong_guesses(self, index: int, wanted: set[int]) -> None:
+        first = index * self.source.experts
+        for key in [key for key in self._guesses if first <= key < first + self.source.experts and key not in wanted]:
+            read = self._guesses.pop(key)
+            self._wrong(key, read)
+            if not read.finished or read.error is not None:
+                self.residency.drop(key)
+                self._stop(read, self._slots.pop(key))
+
+    def _wrong(self, key: int, read: Read) -> None:
+        self._begun.pop(key)
+        if self._foresight is not None:
+            self._foresight.wrong(read.seconds)
+
+    # -------------------------------------------------------------------------------------------- ends of reads
+
+    def _stop(self, read: Read, slot: int) -> None:
+        self.readers.cancel([read])
+        self._leaving.append((read, slot))
+
+    def _sweep(self) -> None:
+        """Slots of stopped reads that have let go."""
+        for read, slot in self._leaving:
+            if read.finished:
+                self._arena.give(slot)
+        self._leaving = [(read, slot) for read, slot in self._leaving if not read.finished]
+
+    def _abandon(self, layer: _Layer) -> None:
+        """After an error: what was on its way for this layer is not here."""
+        for key, read in layer.pending.items():
+            self.residency.drop(key)
+            self._stop(read, self._slots.pop(key))
+        layer.pending.clear()
+
+    def _check_source(self) -> None:
+        """Once a second: is the file still the one that was opened?"""
+        now = time.monotonic()
+        if now - self._checked_s >= CHECK_S:
+            self._checked_s = now
+            self.source.check_unchanged()
+
+    def _keep_within(self) -> None:
+        """Give slots back where the process has grown beyond its budget."""
+        if self.limit_bytes is None or (here := resident_bytes()) is None or here <= self.limit_bytes:
+            return
+        least = max(1, self.capacity // 8)  # in one pass
+        count = min(-(-(here - self.limit_bytes) // self.source.slot_bytes), self.capacity - 1, least)
+        if count < 1:
+            return
+        self.capacity -= count
+        for key in self.residency.shrink(self.capacity):
+            slot = self._slots.pop(key)
+            if (read := self._guesses.pop(key, None)) is not None:
+                self._wrong(key, read)
+                self._stop(read, slot)
+            else:
+                self._arena.give(slot)
+        self._arena.retire(count)
+
+    def close(self) -> None:
+        """Stop all reads and let go of the source. The model cannot run any more."""
+        self.readers.close()
+        self.source.close()
+        if self.trace is not None:
+            self.trace.close()

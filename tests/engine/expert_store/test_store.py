@@ -1,0 +1,80 @@
+"""A model whose experts visit memory computes the same bits as one that has them all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from karakoram.engine.engine import Engine
+from karakoram.engine.request import Request, Sampling
+from karakoram.env import bundled_model_dir
+from karakoram.errors import InputError
+from karakoram.model.generate import generate
+from karakoram.model.load import load_model
+from karakoram.model.transformer import Transformer
+from tests.engine.expert_store.fed import EVERYTHING, NEW, PROMPT, Run, fed, run, same
+
+SIZES = [(1, 0), (5, 0), (24, 2), (EVERYTHING, 0)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["in place", "packed"])
+@pytest.mark.parametrize("guessing", [False, True], ids=["", "guessing"])
+@pytest.mark.parametrize(("capacity", "floor"), SIZES)
+@pytest.mark.parametrize("policy", ["lru", "hybrid"])
+def test_bits_are_those_of_a_model_in_memory(
+    policy: str, capacity: int, floor: int, guessing: bool, packed: bool, in_memory: Run, packed_nano: Path
+) -> None:
+    path = packed_nano if packed else None
+    with fed(capacity, policy, guessing, floor, path) as one:
+        assert same(run(one.model), in_memory)
+        assert same(run(one.model), in_memory)  # with what the first run left in memory
+        counters, layers = one.store.counters, len(one.store.source.layers)
+        assert counters.passes == 2 * NEW
+        assert counters.demanded >= 2 * NEW * layers * one.model.config.num_experts_per_tok
+        assert 0 <= counters.guessed_right <= counters.guessed
+        if capacity == EVERYTHING:
+            assert counters.demanded - counters.hits <= EVERYTHING  # each was read once at most
+
+
+def test_two_hundred_tokens_from_a_quarter_of_the_experts(nano: Transformer, packed_nano: Path) -> None:
+    expected = run(nano, 200)
+    with fed(EVERYTHING // 4, path=packed_nano) as one:
+        assert same(run(one.model, 200), expected)
+        assert one.store.counters.hits > one.store.counters.demanded // 4
+
+
+def test_a_batch_through_the_engine(nano: Transformer, packed_nano: Path) -> None:
+    """Prompts of several lengths prefilled and decoded together, from fewer slots than a layer's batch wants."""
+    requests = [Request(f"r{n}", PROMPT[: 8 + 9 * n], 12, Sampling(temperature=0)) for n in range(4)]
+    with Engine(nano, deterministic=True) as engine:
+        expected = [engine.generate(request) for request in requests]
+    with fed(9, path=packed_nano) as one, Engine(one.model, deterministic=True) as engine:
+        assert [engine.generate(request) for request in requests] == expected
+
+
+def test_it_works_through_the_plain_generate(nano: Transformer) -> None:
+    expected = list(generate(nano, PROMPT, 9, stop_ids=()))
+    with fed(7) as one:
+        assert list(generate(one.model, PROMPT, 9, stop_ids=())) == expected
+
+
+def test_it_shrinks_where_the_process_outgrows_its_budget(in_memory: Run) -> None:
+    """A limit far below what any process has: every pass gives slots back, and the bits stay."""
+    with fed(64, limit_bytes=1 << 20) as one:
+        assert same(run(one.model), in_memory)
+        assert one.store.capacity < 64 - NEW
+        for _ in range(4):
+            assert same(run(one.model), in_memory)
+        assert one.store.capacity >= 1
+
+
+def test_a_model_without_experts_says_so_until_it_is_fed() -> None:
+    model = load_model(bundled_model_dir(), routed_experts=False)
+    with pytest.raises(InputError, match="without its routed experts") as caught:
+        model(torch.tensor([PROMPT]))
+    assert "expert store" in caught.value.fix
+
+
+def test_a_model_that_has_its_experts_is_not_fed(nano: Transformer) -> None:
+    with fed(5) as one, pytest.raises(InputError, match="experts already"):
+        one.store.attach(nano)
