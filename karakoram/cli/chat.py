@@ -58,6 +58,7 @@ def chat_command(
     dtype: options.DtypeOption = options.Dtype.bfloat16,
     ram: options.Ram = None,
     expert_ram: options.ExpertRam = None,
+    vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
     trace: options.TraceFile = None,
@@ -94,7 +95,7 @@ def chat_command(
         session, sampling, where = open_remote(url, model, api_key, temperature, top_p)
     else:
         assert model is not None
-        experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
+        experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
         opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [], experts)
         ctx.call_on_close(opened.close)
         sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)

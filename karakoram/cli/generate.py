@@ -45,6 +45,7 @@ def generate_command(
     dtype: options.DtypeOption = options.Dtype.bfloat16,
     ram: options.Ram = None,
     expert_ram: options.ExpertRam = None,
+    vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
     trace: options.TraceFile = None,
@@ -71,7 +72,7 @@ def generate_command(
     declared = opening.read_tools(tools) if tools else None
     directory = opening.open_directory(model)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
+    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
     if chat:
         opened = opening.open_for_chat(str(directory), dialect, device, dtype.value, allow_config_key or [], experts)
         ctx.call_on_close(opened.close)

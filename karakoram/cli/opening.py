@@ -134,13 +134,15 @@ def load_fed(
     from karakoram.engine.expert_store.budget import CACHE_TOKENS
     from karakoram.engine.expert_store.opening import open_fed
 
-    if experts is not None and dtype == "bfloat16" and _first_device(device) == "cpu":
+    asked = experts is not None and experts.asked
+    on_cpu = (asked and device == "auto") or _first_device(device) == "cpu"
+    if experts is not None and dtype == "bfloat16" and on_cpu:
         fed = open_fed(directory, experts, tuple(allow_config_keys), cache_tokens or CACHE_TOKENS)
         if fed is not None:
             return fed.model, fed.store
-    elif experts is not None and experts.asked:
+    elif asked:
         raise InputError(
-            f"--ram, --expert-ram, --expert-policy and --trace need bfloat16 on a CPU, not {dtype} on {device}.",
+            f"--ram, --expert-ram, --vram, --expert-policy and --trace do not go with {dtype} on {device}.",
             "Add --device cpu, and leave --dtype out.",
         )
     return load(directory, device, dtype, allow_config_keys), None

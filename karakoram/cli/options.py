@@ -48,6 +48,9 @@ Ram = Annotated[
 ExpertRam = Annotated[
     str | None, typer.Option("--expert-ram", metavar="SIZE", help="Memory of the routed experts alone.")
 ]
+Vram = Annotated[
+    str | None, typer.Option("--vram", metavar="SIZE", help="Memory of the CUDA device for the experts wanted most.")
+]
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Record which experts every token visits.")
 ]
@@ -58,14 +61,20 @@ NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Read no expert 
 
 
 def store_options(
-    ram: str | None, expert_ram: str | None, trace: Path | None, policy: str | None, no_prefetch: bool
+    ram: str | None,
+    expert_ram: str | None,
+    vram: str | None,
+    trace: Path | None,
+    policy: str | None,
+    no_prefetch: bool,
 ) -> Any:
-    """The five options above as one `StoreOptions`."""
+    """The six options above as one `StoreOptions`."""
     from karakoram.engine.expert_store.opening import StoreOptions
 
     return StoreOptions(
         None if ram is None else size_in_bytes(ram, "--ram"),
         None if expert_ram is None else size_in_bytes(expert_ram, "--expert-ram"),
+        None if vram is None else size_in_bytes(vram, "--vram"),
         policy,
         not no_prefetch,
         trace,

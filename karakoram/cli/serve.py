@@ -59,6 +59,7 @@ def serve_command(
     dtype: options.DtypeOption = options.Dtype.bfloat16,
     ram: options.Ram = None,
     expert_ram: options.ExpertRam = None,
+    vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
     trace: options.TraceFile = None,
@@ -85,7 +86,7 @@ def serve_command(
             f"{host} can be reached from other machines, and there is no key.",
             "Set K2_API_KEY, or say --allow-public if everybody may use this model.",
         )
-    experts = options.store_options(ram, expert_ram, trace, expert_policy, no_prefetch)
+    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
     located = opening.locate(model)
     service = Service(name or names_of(model), keys, version=karakoram.__version__)
     bound = bind(host, port, service.limits.stalled_s)

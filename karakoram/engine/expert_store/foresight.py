@@ -4,13 +4,16 @@ Residual streams change slowly: the next layer's router, applied to the hidden s
 what it will choose in truth (docs/expert-store.md has what was measured here). The state is at hand as this layer's
 normed input; what it would be under the next layer's norm differs by the ratio of the two weights.
 
-A guess costs disk time where it is wrong, and saves it where it is right and early. Both are measured, and guessing
-stops while it costs more than it saves.
+Not all guesses are equal: the first in rank is nearly always right, the last seldom, and those that are not in memory
+yet are wrong more often than the others. So for every rank it is counted how often an expert that was missing was then
+wanted, whether it had been read or not; only ranks that are right often enough are read. Where none is, nothing is
+read: guessing is off by itself, and comes back by itself.
 
 Legend: N tokens, D hidden, E experts, K experts per token.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,67 +22,69 @@ from torch import Tensor
 from karakoram.kernels import ops
 from karakoram.model.packed.modules import PackedRouter
 
-FADING = 0.995  # of what was measured, per layer that was guessed for: about two hundred of them count
-EVIDENCE_S = 0.02  # of disk time, before it is judged
-PAUSE_LAYERS = 2048  # guessed for by nobody, before it is tried again
+WORTHWHILE = 0.6  # share of right guesses below which a rank is not read
+RANKS = 8  # that are told apart; a batch's longer lists are cut into so many parts
+FADING = 0.98  # of what was counted, per layer that was guessed for
+PRIOR = 4.0  # guesses of each rank, before any was made, at the share above
+
+
+@dataclass
+class Guess:
+    """For MoE layer `index`: experts, likeliest first, the rank of each, and which of them were missing."""
+
+    index: int
+    experts: np.ndarray
+    ranks: np.ndarray
+    single: bool
+    missing: np.ndarray | None = None
 
 
 class Foresight:
     """Guesses for each layer from the one before. `routers` and `norms` (float [D]) are those of the MoE layers.
 
-    saved_s, cost_s   disk time that right guesses had behind them when they were wanted; that wrong ones took
+    named, found    how many experts were guessed (in memory or not), and were then wanted: the recall
     """
 
-    def __init__(self, routers: Sequence[PackedRouter], norms: Sequence[Tensor], pausable: bool = True) -> None:
+    def __init__(self, routers: Sequence[PackedRouter], norms: Sequence[Tensor]) -> None:
         self._routers = list(routers)
         here, ahead = norms[:-1], norms[1:]
         self._ratios = [_ratio(one.float(), other.float()) for one, other in zip(here, ahead, strict=True)]
-        self._pausable = pausable
-        self._paused = 0
-        self._saved_s = self._cost_s = 0.0
-        self.saved_s = self.cost_s = 0.0
-        self.pauses = 0
+        # by whether one token runs or several: those that were missing, and of these the right ones
+        self._tried = {single: np.full(RANKS, PRIOR) for single in (True, False)}
+        self._right = {single: np.full(RANKS, PRIOR * (WORTHWHILE + 0.05)) for single in (True, False)}
+        self.named = self.found = 0
 
     @torch.inference_mode()
-    def guess(self, index: int, x_ND: Tensor) -> np.ndarray | None:
-        """Expert ids that MoE layer `index` + 1 may choose for these normed inputs of layer `index`, likeliest first.
-
-        None for the last layer, and while guessing does not pay.
-        """
-        if index + 1 >= len(self._routers) or self._pauses():
+    def guess(self, index: int, x_ND: Tensor) -> Guess | None:
+        """What MoE layer `index` + 1 may choose for these normed inputs of layer `index`; None for the last layer."""
+        if index + 1 >= len(self._routers):
             return None
         router = self._routers[index + 1]
         ahead_ND = (x_ND.float() * self._ratios[index]).bfloat16()
         scores_NE = ops.linear(ahead_ND, router.matrix, torch.float32).sigmoid_() + router.e_score_correction_bias
         ids_NK = scores_NE.topk(router.config.num_experts_per_tok, -1).indices.numpy()
         if len(ids_NK) == 1:
-            return ids_NK[0]
+            return Guess(index + 1, ids_NK[0], np.minimum(np.arange(ids_NK.shape[1]), RANKS - 1), True)
         wanted_E = np.bincount(ids_NK.ravel(), minlength=scores_NE.shape[1])  # by how many tokens
-        order = np.argsort(-wanted_E, kind="stable")
-        return order[: int((wanted_E > 0).sum())]
+        order = np.argsort(-wanted_E, kind="stable")[: int((wanted_E > 0).sum())]
+        return Guess(index + 1, order, np.arange(len(order)) * RANKS // len(order), False)
 
-    def right(self, ahead_s: float) -> None:
-        """A guess was wanted; its read had been under way for so long."""
-        self._saved_s += ahead_s
-        self.saved_s += ahead_s
+    def worthwhile(self, guess: Guess) -> np.ndarray:
+        """Of the guess's experts, those whose rank is right often enough: bool."""
+        shares = self._right[guess.single] / self._tried[guess.single]
+        return shares[guess.ranks] >= WORTHWHILE
 
-    def wrong(self, read_s: float) -> None:
-        """A guess was not wanted; its read took so long until it ended or was stopped."""
-        self._cost_s += read_s
-        self.cost_s += read_s
-
-    def _pauses(self) -> bool:
-        if self._paused:
-            self._paused -= 1
-            return True
-        self._saved_s *= FADING
-        self._cost_s *= FADING
-        if self._pausable and self._cost_s > max(self._saved_s, EVIDENCE_S):
-            self._saved_s = self._cost_s = 0.0
-            self._paused = PAUSE_LAYERS
-            self.pauses += 1
-            return True
-        return False
+    def learn(self, guess: Guess, wanted: np.ndarray) -> None:
+        """What the layer wanted in truth."""
+        right = np.isin(guess.experts, wanted)
+        self.named += len(right)
+        self.found += int(right.sum())
+        if guess.missing is None or not guess.missing.any():
+            return
+        ranks = guess.ranks[guess.missing]
+        for counts, weights in ((self._tried, None), (self._right, right[guess.missing].astype(float))):
+            counts[guess.single] *= FADING
+            counts[guess.single] += np.bincount(ranks, weights, minlength=RANKS)
 
 
 def _ratio(here_D: Tensor, ahead_D: Tensor) -> Tensor:

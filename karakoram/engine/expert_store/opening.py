@@ -9,8 +9,10 @@ import torch
 from karakoram.checkpoint import Checkpoint, open_checkpoint
 from karakoram.checkpoint.experts import ExpertSource, open_expert_source
 from karakoram.engine.expert_store.budget import CACHE_TOKENS, Budget, budget_of
+from karakoram.engine.expert_store.card import Card
 from karakoram.engine.expert_store.policy import policy_named
 from karakoram.engine.expert_store.store import ExpertStore
+from karakoram.engine.expert_store.trace import TraceWriter
 from karakoram.env import resident_bytes
 from karakoram.errors import InputError
 from karakoram.model.load import load_model
@@ -26,6 +28,7 @@ class StoreOptions:
 
     ram_bytes: int | None = None  # of the whole process
     expert_bytes: int | None = None  # of the experts alone
+    vram_bytes: int | None = None  # of a CUDA device, for the experts that are wanted most
     policy: str | None = None
     guessing: bool = True
     trace: Path | None = None
@@ -33,7 +36,8 @@ class StoreOptions:
     @property
     def asked(self) -> bool:
         """Whether anything was said that needs a store."""
-        return any(one is not None for one in (self.ram_bytes, self.expert_bytes, self.policy, self.trace))
+        said = (self.ram_bytes, self.expert_bytes, self.vram_bytes, self.policy, self.trace)
+        return any(one is not None for one in said)
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,27 @@ def _load(
     )
     slots = budget.slots()
     layers = len(source.layers)
-    trace = None
-    if options.trace is not None:
-        from karakoram.engine.expert_store.trace import TraceWriter
-
-        trace = TraceWriter(options.trace, source.layers, source.experts, checkpoint.config.num_experts_per_tok)
+    trace = None if options.trace is None else _trace(options.trace, source, checkpoint.config.num_experts_per_tok)
+    card = None if options.vram_bytes is None else Card(_cuda(), options.vram_bytes, source)
     floor = int(FLOOR_SHARE * min(slots, layers * source.experts) / layers)
     name = options.policy or "hybrid"
     policy = policy_named(name, layers, source.experts)
-    store = ExpertStore(source, slots, policy, floor, options.guessing, trace=trace, limit_bytes=budget.total_bytes)
+    store = ExpertStore(
+        source, slots, policy, floor, options.guessing, trace=trace, limit_bytes=budget.total_bytes, card=card
+    )
     store.policy = name
     store.attach(model)
     return Fed(model, store, budget)
+
+
+def _trace(path: Path, source: ExpertSource, chosen: int) -> TraceWriter:
+    try:
+        return TraceWriter(path, source.layers, source.experts, chosen)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.", "Name another file for --trace.") from error
+
+
+def _cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError("There is no CUDA device here for --vram.", "Leave it out; `k2 doctor` lists what there is.")
+    return torch.device("cuda")

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from karakoram.checkpoint.experts import ExpertSource
 from karakoram.engine.expert_store.arena import Arena
-from karakoram.engine.expert_store.foresight import Foresight
+from karakoram.engine.expert_store.card import Card
+from karakoram.engine.expert_store.foresight import Foresight, Guess
 from karakoram.engine.expert_store.policy import Policy
 from karakoram.engine.expert_store.readers import Read, Readers
 from karakoram.engine.expert_store.residency import REFUSED, Residency
@@ -95,10 +96,12 @@ class ExpertStore:
         threads: int = 4,
         trace: TraceWriter | None = None,
         limit_bytes: int | None = None,
+        card: Card | None = None,
     ) -> None:
         """capacity: experts in memory at most, over all layers. limit_bytes: of the process; slots are given back
         where it grows beyond."""
         self.source, self.trace, self.policy, self.limit_bytes = source, trace, "", limit_bytes
+        self.card = card
         self.counters = Counters()
         self.log: list[Visit] | None = None  # a list, to be filled
         everything = len(source.layers) * source.experts
@@ -107,13 +110,19 @@ class ExpertStore:
         self._arena = Arena(self.capacity + spare, source.slot_bytes, source.record_bytes)
         self.residency = Residency(len(source.layers), source.experts, self.capacity, policy, floor)
         self.readers = Readers(source, threads)
-        self._guessing, self._foresight = guessing, None
+        self._guessing = guessing
+        self._foresight: Foresight | None = None
         self._slots: dict[int, int] = {}
         self._guesses: dict[int, Read] = {}  # on their way, or arrived and not yet asked about
-        self._begun: dict[int, float] = {}  # when each guess was given to the readers
+        self._guess_now: Guess | None = None  # for the layer that comes next
         self._leaving: list[tuple[Read, int]] = []  # stopped reads and their slots
         self._checked_s = time.monotonic()
         self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        everything = len(self.source.layers) * self.source.experts
+        share = self.capacity / everything
+        return f"{self.capacity:,} of {everything:,} experts in memory ({share:.0%}, {self.policy})"
 
     def attach(self, model: Transformer) -> None:
         """Feed this model, which was loaded without its routed experts."""
@@ -155,7 +164,7 @@ class ExpertStore:
         if self.trace is not None:
             self.trace.record(source.layers[index], ids_NK.numpy())
         self._check_source()
-        wanted = np.unique(ids_NK.numpy())
+        wanted, on_card = self._split(index, np.unique(ids_NK.numpy()))
         here, missing = self._demand(index, wanted)
         missed = len(missing)
         steps = ops.MoeSteps(x_ND, ids_NK, weights_NK, source.experts, source.intermediate, source.kind)
@@ -163,10 +172,13 @@ class ExpertStore:
         try:
             self._take_over_guesses(layer, here)
             self._request(layer)
+            begun = self.card.begin(on_card, x_ND, ids_NK) if self.card is not None and on_card else []
             self._guess(index, x_ND)
             self._compute(layer, [key for key in here if key not in layer.pending])
             if shared is not None:
                 self._timed(layer, steps.shared, shared)
+            for expert, rows_MD in begun:
+                steps.partial(expert, rows_MD.cpu())
             while layer.pending or layer.queue:
                 self._request(layer)  # what was computed has made room
                 self._compute(layer, self._arrived(layer))
@@ -183,12 +195,27 @@ class ExpertStore:
         layer.computing_s += time.perf_counter() - before
         return result
 
+    def _split(self, index: int, wanted: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """The experts that memory must have, and the keys of those on the card."""
+        if self.card is None:
+            return wanted, []
+        keys = wanted + index * self.source.experts
+        self.card.see(keys, index == 0)
+        there = self.card.holds(keys)
+        on_card = keys[there].tolist()
+        self.counters.demanded += len(on_card)
+        self.counters.hits += len(on_card)
+        return wanted[~there], on_card
+
     def _demand(self, index: int, wanted: np.ndarray) -> tuple[list[int], list[int]]:
         counters = self.counters
         counters.passes += index == 0
         here, missing = self.residency.demand(index, wanted)
         counters.demanded += len(here) + len(missing)
         counters.hits += len(here)
+        guess = self._guess_now
+        if self._foresight is not None and guess is not None and guess.index == index:
+            self._foresight.learn(guess, wanted)
         self._drop_wrong_guesses(index, set(here))
         return here, missing
 
@@ -200,6 +227,18 @@ class ExpertStore:
         records = [self._arena.record(self._slots[key]) for key in keys]
         self._timed(layer, layer.steps.experts, [key % experts for key in keys], records)
         self.residency.release(layer.index, keys)
+        if self.card is not None:
+            self._promote(keys)
+
+    def _promote(self, keys: Sequence[int]) -> None:
+        """To the card, what it has chosen; their slots are free."""
+        assert self.card is not None
+        for key in keys:
+            if self.card.wants(key):
+                slot = self._slots.pop(key)
+                self.card.put(key, self._arena.record(slot))
+                self.residency.drop(key)
+                self._arena.give(slot)
 
     def _request(self, layer: _Layer) -> None:
         """Begin reads of what is missing, as far as there are slots."""
@@ -251,7 +290,6 @@ class ExpertStore:
             return True
         slot = self._slots.pop(victim)
         if (read := self._guesses.pop(victim, None)) is not None:
-            self._wrong(victim, read)
             self._stop(read, slot)
             slot = self._take_slot()
         self._slots[key] = slot
@@ -267,54 +305,40 @@ class ExpertStore:
 
     def _guess(self, index: int, x_ND: Tensor) -> None:
         """Begin to read what the next layer may want, with what time the disk has left."""
-        if self._foresight is None or (guesses := self._foresight.guess(index, x_ND)) is None:
+        self._guess_now = None
+        if self._foresight is None or (guess := self._foresight.guess(index, x_ND)) is None:
             return
-        first = (index + 1) * self.source.experts
+        self._guess_now = guess
+        if self.trace is not None:
+            self.trace.guess(self.source.layers[index + 1], guess.experts)
+        keys = guess.experts + (index + 1) * self.source.experts
+        guess.missing = ~self.residency.resident[keys]
+        if self.card is not None:
+            guess.missing &= ~self.card.holds(keys)
         taken: list[int] = []
-        for expert in guesses.tolist():
-            key = first + expert
-            if self.residency.resident[key]:
-                continue
+        for key in keys[guess.missing & self._foresight.worthwhile(guess)].tolist():
             if len(self._guesses) + len(taken) >= MOST_IN_FLIGHT or not self._make_room(key, guessed=True):
                 break
             taken.append(key)
         taken = [key for key in taken if key in self._slots]  # in a tiny store, one may have taken another's place
-        now = time.perf_counter()
-        for key, read in zip(taken, self._submit(taken, urgent=False), strict=True):
-            self._guesses[key], self._begun[key] = read, now
+        self._guesses.update(zip(taken, self._submit(taken, urgent=False), strict=True))
         self.counters.guessed += len(taken)
 
     def _take_over_guesses(self, layer: _Layer, here: list[int]) -> None:
         """Wanted experts that a guess has asked for: wait for those like for any other."""
         taken = {key: self._guesses.pop(key) for key in here if key in self._guesses}
         self.readers.promote(list(taken.values()))
-        now = time.perf_counter()
-        for key, read in taken.items():
-            self.counters.guessed_right += 1
-            assert self._foresight is not None
-            begun = self._begun.pop(key)
-            self._foresight.right(min(now - begun, read.seconds) if read.finished else read.seconds)
+        self.counters.guessed_right += len(taken)
         layer.pending.update(taken)
-
-    def __str__(self) -> str:
-        everything = len(self.source.layers) * self.source.experts
-        return (
-            f"{self.capacity:,} of {everything:,} experts in memory ({self.capacity / everything:.0%}, {self.policy})"
-        )
 
     def _drop_wrong_guesses(self, index: int, wanted: set[int]) -> None:
         first = index * self.source.experts
         for key in [key for key in self._guesses if first <= key < first + self.source.experts and key not in wanted]:
             read = self._guesses.pop(key)
-            self._wrong(key, read)
             if not read.finished or read.error is not None:
+                self.counters.guessed -= read.state == "waiting"  # it was never begun
                 self.residency.drop(key)
                 self._stop(read, self._slots.pop(key))
-
-    def _wrong(self, key: int, read: Read) -> None:
-        self._begun.pop(key)
-        if self._foresight is not None:
-            self._foresight.wrong(read.seconds)
 
     # -------------------------------------------------------------------------------------------- ends of reads
 
@@ -355,7 +379,6 @@ class ExpertStore:
         for key in self.residency.shrink(self.capacity):
             slot = self._slots.pop(key)
             if (read := self._guesses.pop(key, None)) is not None:
-                self._wrong(key, read)
                 self._stop(read, slot)
             else:
                 self._arena.give(slot)

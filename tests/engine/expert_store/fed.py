@@ -11,6 +11,7 @@ from torch import Tensor
 from karakoram.checkpoint import open_checkpoint
 from karakoram.checkpoint.experts import open_expert_source
 from karakoram.checkpoint.experts.direct import Preadv
+from karakoram.engine.expert_store.card import Card
 from karakoram.engine.expert_store.policy import policy_named
 from karakoram.engine.expert_store.store import ExpertStore
 from karakoram.env import bundled_model_dir
@@ -40,12 +41,13 @@ def fed(
     preadv: Preadv | None = None,
     threads: int = 2,
     limit_bytes: int | None = None,
+    card: Card | None = None,
 ) -> Iterator[FedModel]:
     """nano, or the checkpoint at `path`, with so many experts in memory."""
     source = open_expert_source(open_checkpoint(path or bundled_model_dir()), preadv)
     model = load_model(path or bundled_model_dir(), routed_experts=False)
     chosen = policy_named(policy, len(source.layers), source.experts)
-    store = ExpertStore(source, capacity, chosen, floor, guessing, threads, limit_bytes=limit_bytes)
+    store = ExpertStore(source, capacity, chosen, floor, guessing, threads, limit_bytes=limit_bytes, card=card)
     store.attach(model)
     try:
         yield FedModel(model, store)
