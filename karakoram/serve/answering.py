@@ -142,6 +142,7 @@ def answering(surface: Surface, floor_of: Callable[[], Floor]) -> Endpoint:
         raw = await read_body(request, limits.request_bytes)
         client, headers = request.scope["karakoram.client"], dict(request.headers)
         exchange = await floor.off_loop(lambda: _open(surface, floor, raw, headers, client, arrived))
+        request.scope["karakoram.request_id"] = exchange.call.id
         if not exchange.call.stream:
             return await _whole(surface, floor, exchange, request)
         events = surface.events(exchange.call, floor.service)
@@ -181,7 +182,7 @@ async def _whole(surface: Surface, floor: Floor, exchange: Exchange, request: Re
     finally:
         watch.cancel()
         floor.desk.drop(exchange)
-    return json_response(body, headers={"x-request-id": exchange.call.id})
+    return json_response(body)
 
 
 class EventStream(Response):
@@ -197,7 +198,7 @@ class EventStream(Response):
         watch.add_done_callback(lambda done: None if done.cancelled() else desk.drop(exchange))
         line = Line(send, exchange.bell, self._floor.pulse)
         try:
-            await send_stream(exchange, self._events, line, [(b"x-request-id", exchange.call.id.encode())])
+            await send_stream(exchange, self._events, line)
         finally:
             watch.cancel()
             desk.drop(exchange)
@@ -233,7 +234,7 @@ def counting(counter: Counter, floor_of: Callable[[], Floor]) -> Endpoint:
     return count
 
 
-def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: dict[str, Any], status: int = 200) -> Response:
     """A JSON body in UTF-8."""
     raw = dumps(body).encode("utf-8", "replace")
-    return Response(raw, status, headers, "application/json")
+    return Response(raw, status, media_type="application/json")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+import secrets
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ from starlette.requests import ClientDisconnect
 from karakoram.errors import KarakoramError
 from karakoram.serve import anthropic, openai, responses
 from karakoram.serve.answering import Floor, answering, counting
+from karakoram.serve.anthropic.described import ErrorResponse
+from karakoram.serve.connection import Receive, Send
 from karakoram.serve.openai.answers import Error
 from karakoram.serve.pages import add_pages
 from karakoram.serve.refusal import Refusal, refusal_of
@@ -31,8 +34,9 @@ from karakoram.serve.surface import Counter, Surface
 SURFACES: tuple[Surface, ...] = (*openai.SURFACES, *anthropic.SURFACES, *responses.SURFACES)
 COUNTERS: tuple[Counter, ...] = anthropic.COUNTERS
 KEYLESS = ("/health",)
+Scope = MutableMapping[str, Any]
 
-_SHAPES: dict[str, Callable[[Refusal], dict[str, Any]]] = {
+_SHAPES: dict[str, Callable[[Refusal, str], dict[str, Any]]] = {
     **{counter.described.path: counter.error for counter in COUNTERS},
     **{surface.described.path: surface.error for surface in SURFACES},
 }
@@ -103,40 +107,43 @@ def _mount(app: FastAPI, one: Surface | Counter, endpoint: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- errors
 
 
-def error_response(path: str, refusal: Refusal) -> Response:
-    """A refusal in the shape of the API that `path` belongs to."""
-    shape = _SHAPES.get(path)
-    if shape is None:
-        shape = Refusal.anthropic_body if path.startswith("/v1/messages") else Refusal.openai_body
+def error_response(scope: Scope, refusal: Refusal) -> Response:
+    """A refusal in the shape of the API that was called."""
+    path, request_id = scope["path"], scope["karakoram.request_id"]
+    if path in _SHAPES:
+        body = _SHAPES[path](refusal, request_id)
+    elif path.startswith("/v1/messages"):
+        body = refusal.anthropic_body(request_id)
+    else:
+        body = refusal.openai_body()
     headers = {}
     if refusal.retry_after_s is not None:
         headers["retry-after"] = str(refusal.retry_after_s)
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"
     # Escapes throughout: what the client sent may stand in the message.
-    return Response(json.dumps(shape(refusal)), refusal.status, headers, "application/json")
+    return Response(json.dumps(body), refusal.status, headers, "application/json")
 
 
 def _add_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
-        return error_response(request.url.path, error)
+        return error_response(request.scope, error)
 
     async def below(request: Request, error: Exception) -> Response:
         assert isinstance(error, KarakoramError)
-        return error_response(request.url.path, refusal_of(error))
+        return error_response(request.scope, refusal_of(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = str(first["loc"][-1])
-        return error_response(request.url.path, Refusal(400, f"{param}: {first['msg']}.", param))
+        return error_response(request.scope, Refusal(400, f"{param}: {first['msg']}.", param))
 
     async def routed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path = request.url.path
-        what = f"{request.method} {path}: {error.detail}."
-        response = error_response(path, Refusal(error.status_code, what))
+        what = f"{request.method} {request.url.path}: {error.detail}."
+        response = error_response(request.scope, Refusal(error.status_code, what))
         response.headers.update(error.headers or {})
         return response
 
@@ -144,7 +151,10 @@ def _add_handlers(app: FastAPI) -> None:
         return Response(status_code=400)  # the client has gone before its body was complete
 
     async def broken(request: Request, error: Exception) -> Response:
-        return error_response(request.url.path, Refusal(500, "This is a bug; the server's log has the traceback."))
+        response = error_response(request.scope, Refusal(500, "This is a bug; the server's log has the traceback."))
+        # This answer does not come through the door, and uvicorn closes the connection after it: clients must know.
+        response.raw_headers += [*_id_headers(request.scope), (b"connection", b"close")]
+        return response
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(KarakoramError, below)
@@ -155,22 +165,43 @@ def _add_handlers(app: FastAPI) -> None:
 
 
 class Door:
-    """Asks for the key, on every path but `KEYLESS`; whoever comes in is known by a digest of it."""
+    """Asks for the key, on every path but `KEYLESS`; whoever comes in is known by a digest of it.
+
+    Gives each request an id, which stands in the headers of its answer. One that a model answers is known by its
+    answer's id from then on (`answering`)."""
 
     def __init__(self, app: Any, service: Service) -> None:
         self._app, self._service = app, service
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            sent = {name: value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
-            try:
-                scope["karakoram.client"] = self._service.admit(lambda name: sent.get(name.encode()))
-            except Refusal as refusal:
-                if scope["path"] not in KEYLESS:
-                    await error_response(scope["path"], refusal)(scope, receive, send)
-                    return
-                scope["karakoram.client"] = ""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["karakoram.request_id"] = "req_" + secrets.token_hex(16)
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_id_headers(scope)]
+            await send(message)
+
+        await self._enter(scope, receive, send_with_id)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = {name: value.decode("utf-8", "surrogateescape") for name, value in scope["headers"]}
+        try:
+            scope["karakoram.client"] = self._service.admit(lambda name: sent.get(name.encode()))
+        except Refusal as refusal:
+            if scope["path"] not in KEYLESS:
+                await error_response(scope, refusal)(scope, receive, send)
+                return
+            scope["karakoram.client"] = ""
         await self._app(scope, receive, send)
+
+
+def _id_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The request's id under OpenAI's name and under Anthropic's."""
+    request_id = scope["karakoram.request_id"].encode()
+    return [(b"x-request-id", request_id), (b"request-id", request_id)]
 
 
 # ---------------------------------------------------------------------------------------------------- the document
@@ -182,13 +213,15 @@ def _document(app: FastAPI, locked: bool) -> dict[str, Any]:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     components: dict[str, Any] = {}
-    error = {"application/json": {"schema": _hoisted(Error.model_json_schema(), "", components)}}
+    openai_error = _hoisted(Error.model_json_schema(), "", components)
+    anthropic_error = _hoisted(ErrorResponse.model_json_schema(), "Messages", components)
     for path, item in document["paths"].items():
         for operation in item.values():
             if path in app.state.described:
                 body, answer = app.state.described[path]
                 _describe(path, operation, body, answer, components)
-            _complete(path, operation, error, locked)
+            error = anthropic_error if path.startswith("/v1/messages") else openai_error
+            _complete(path, operation, {"application/json": {"schema": error}}, locked)
     document["components"] = {"schemas": components}
     if locked:
         bearer, key = {"type": "http", "scheme": "bearer"}, {"type": "apiKey", "in": "header", "name": "x-api-key"}
@@ -209,7 +242,6 @@ def _describe(
 
 def _complete(path: str, operation: dict[str, Any], error: dict[str, Any], locked: bool) -> None:
     operation["responses"].pop("422", None)
-    shape = {"application/json": {"schema": {"type": "object"}}} if path.startswith("/v1/messages") else error
     if path not in KEYLESS:
         operation["responses"].setdefault("503", {})
         if locked:
@@ -218,7 +250,7 @@ def _complete(path: str, operation: dict[str, Any], error: dict[str, Any], locke
     for status, answer in operation["responses"].items():
         answer["description"] = _SAID.get(status) or answer.get("description") or "An answer"
         if status != "200":
-            answer.setdefault("content", shape)
+            answer.setdefault("content", error)
             if status in ("429", "503"):
                 answer["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
 

@@ -47,10 +47,10 @@ class Line:
         self._send, self.bell, self._pulse = send, bell, pulse
         self.sent_at = _CLOCK()
 
-    async def open(self, headers: list[tuple[bytes, bytes]]) -> None:
+    async def open(self) -> None:
         """Send the status and the headers."""
         self._pulse.add(self)
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*SSE_HEADERS, *headers]})
+        await self._send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
 
     async def write(self, body: bytes, last: bool = False) -> None:
         """Send a piece of the body. Waits while the reader is slow."""
@@ -80,10 +80,10 @@ async def left(receive: Receive) -> None:
         pass
 
 
-async def send_stream(exchange: Exchange, events: Events, line: Line, headers: list[tuple[bytes, bytes]]) -> None:
+async def send_stream(exchange: Exchange, events: Events, line: Line) -> None:
     """Answer with a stream of events until the answers end or `exchange.gone`."""
     try:
-        await line.open(headers)
+        await line.open()
         encoder = Encoder(exchange, events)
         while not (encoder.ended or exchange.gone):
             await exchange.bell.wait()

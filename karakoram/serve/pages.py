@@ -167,7 +167,9 @@ def _add_streams(app: FastAPI, floor_of: FloorOf) -> None:
         """Go on reading a stream that was begun with `X-Resumable: true`, with the same key."""
         floor = floor_of()
         client = request.scope["karakoram.client"]
-        return Replay(floor, *floor.shelf.find(request_id, client, last_event_id))
+        recording, start = floor.shelf.find(request_id, client, last_event_id)
+        request.scope["karakoram.request_id"] = request_id
+        return Replay(floor, recording, start)
 
     event_stream = {"content": {"text/event-stream": {}}}
     events: Responses = {200: event_stream, 400: {}, 404: {}, 410: {}}

@@ -69,14 +69,15 @@ class Refusal(Exception):
         return _KINDS.get(self.status, ("server_error", "api_error"))[1]
 
     def openai_body(self) -> dict[str, object]:
-        """OpenAI's error body."""
+        """OpenAI's error body; its clients read the request's id from the headers."""
         return {
             "error": {"message": self.message, "type": self.openai_kind, "param": self.param, "code": self.code},
         }
 
-    def anthropic_body(self) -> dict[str, object]:
+    def anthropic_body(self, request_id: str) -> dict[str, object]:
         """Anthropic's error body."""
-        return {"type": "error", "error": {"type": self.anthropic_kind, "message": self.message}}
+        error = {"type": self.anthropic_kind, "message": self.message}
+        return {"type": "error", "error": error, "request_id": request_id}
 
 
 def refusal_of(error: KarakoramError) -> Refusal:

@@ -112,7 +112,7 @@ class Shelf:
         watch = asyncio.get_running_loop().create_task(_mark_left(receive, line.bell))
         recording.readers.add(line.bell)
         try:
-            await line.open([(b"x-request-id", recording.exchange.call.id.encode())])
+            await line.open()
             await _read(recording, start, line, watch)
         finally:
             line.close()

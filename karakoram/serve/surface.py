@@ -111,8 +111,9 @@ class Surface:
         """The body of an answer that is not streamed."""
         raise NotImplementedError
 
-    def error(self, refusal: Refusal) -> dict[str, Any]:
+    def error(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
         """The error body."""
+        del request_id
         return refusal.openai_body()
 
 
@@ -130,6 +131,7 @@ class Counter:
         """The body of the answer."""
         raise NotImplementedError
 
-    def error(self, refusal: Refusal) -> dict[str, Any]:
+    def error(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
         """The error body."""
+        del request_id
         return refusal.openai_body()

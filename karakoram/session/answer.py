@@ -10,7 +10,7 @@ from karakoram.chat.dialects import CALL_BEGIN, SECTION_BEGIN
 from karakoram.chat.format import ChatFormat
 from karakoram.chat.template import Written
 from karakoram.engine.request import News, Request, TokenLogprob
-from karakoram.session.parts import CallIds, Delta, Parts
+from karakoram.session.parts import CallIds, Delta, Parts, SpokenParser
 from karakoram.session.request import ChatRequest, TextLogprob, Usage
 from karakoram.session.stop_strings import StopFilter
 
@@ -44,7 +44,7 @@ class Answer:
         request: Request,
         index: int,
         in_reasoning: bool,
-        first_call: int,
+        parser: SpokenParser,
         on_close: Callable[[Answer], None],
     ) -> None:
         self.index, self.request = index, request
@@ -53,7 +53,6 @@ class Answer:
         self.token_ids: list[int] = []
         self.logprobs: list[TextLogprob] = []
         self._fmt, self._markers, self._on_close = fmt, Markers.of(fmt), on_close
-        parser = fmt.parser(list(chat.tools) or None, in_reasoning, first_call)
         self._parts = Parts(parser, CallIds(chat.messages))
         self._filter = StopFilter(chat.stop) if chat.stop else None
         self._began_in_reasoning = self._reasoning = in_reasoning

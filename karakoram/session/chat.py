@@ -28,6 +28,7 @@ from karakoram.errors import ChatError, ContextOverflow, InputError
 from karakoram.session.answer import Answer
 from karakoram.session.direct import check_prompt
 from karakoram.session.emitted import Emitted, EmittedStore, key_of, prefixes, visible
+from karakoram.session.parts import SpokenParser, unspoken
 from karakoram.session.request import ChatRequest, TextLogprob, Usage
 from karakoram.session.stop_strings import StopWatch
 
@@ -59,6 +60,7 @@ class ChatSession:
         # Who declared no tools must get no call; with tools, the constraint sees to it.
         special = fmt.tokenizer.special_ids
         self._calls = tuple(special[marker] for marker in (SECTION_BEGIN, CALL_BEGIN) if marker in special)
+        self._unspoken = unspoken(fmt)
         self._compiler = Compiler(fmt.tokenizer, source.vocab_size, fmt.stop_ids, fmt.facts.think)
         self._lock = threading.Lock()
 
@@ -75,7 +77,7 @@ class ChatSession:
             request = self._request(chat, opened, shape, limit, index, name)
             answers.append(
                 Answer(
-                    self.fmt, chat, request, index, opened.in_reasoning, opened.first_index,
+                    self.fmt, chat, request, index, opened.in_reasoning, self._parser(chat, opened),
                     lambda answer: self._closed(answer, chat, opened),
                 )
             )  # fmt: skip
@@ -84,6 +86,10 @@ class ChatSession:
     def encode(self, chat: ChatRequest) -> list[int]:
         """The prompt's token ids."""
         return self._open(chat).prompt
+
+    def _parser(self, chat: ChatRequest, opened: _Opened) -> SpokenParser:
+        parser = self.fmt.parser(list(chat.tools) or None, opened.in_reasoning, opened.first_index)
+        return SpokenParser(parser, self._unspoken)
 
     def _closed(self, answer: Answer, chat: ChatRequest, opened: _Opened) -> None:
         """An answer has ended: keep what it wrote, check its calls once more."""
@@ -189,8 +195,7 @@ class ChatSession:
         ends = frozenset() if chat.ignore_end else self.fmt.stop_ids
         stop_when = None
         if chat.stop:
-            parser = self.fmt.parser(list(chat.tools) or None, opened.in_reasoning, opened.first_index)
-            stop_when = StopWatch(parser, chat.stop)
+            stop_when = StopWatch(self._parser(chat, opened), chat.stop)
         sampling = chat.sampling
         if sampling.seed is not None and index:
             sampling = replace(sampling, seed=(sampling.seed + index * 0x9E3779B97F4A7C15) % 2**63)

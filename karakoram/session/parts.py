@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from karakoram.chat.dialects import STOP_MARKERS, TOOL_MARKERS
+from karakoram.chat.format import ChatFormat
+
 Message = Mapping[str, Any]
 Delta = dict[str, Any]
 FinishReason = Literal["stop", "tool_calls", "length", "interrupted"]
@@ -26,6 +29,28 @@ class CallIds:
             self._issued[position] = f"functions.{name}:{index}"
             self._taken.add(self._issued[position])
         return self._issued[position]
+
+
+def unspoken(fmt: ChatFormat) -> frozenset[int]:
+    """Special tokens that mean nothing in an answer: of images, of other formats, reserved ones."""
+    heard = {*TOOL_MARKERS, *STOP_MARKERS, *fmt.facts.think}
+    return frozenset(token for name, token in fmt.tokenizer.special_ids.items() if name not in heard)
+
+
+class SpokenParser:
+    """A parser that never hears the `unspoken` tokens, whose names it would take for text. Trained models do not draw
+    them; random or damaged weights do, and no marker may leak into a text."""
+
+    def __init__(self, parser: Any, unspoken: frozenset[int]) -> None:
+        self._parser, self._unspoken = parser, unspoken
+
+    def feed(self, tokens: Sequence[int]) -> list[Delta]:
+        """As the parser's."""
+        return self._parser.feed([token for token in tokens if token not in self._unspoken])
+
+    def finish(self, reason: str) -> dict[str, Any]:
+        """As the parser's."""
+        return self._parser.finish(reason)
 
 
 class Parts:

@@ -168,22 +168,31 @@ def running(
     opened = Opened(engine, ChatSession(engine, fmt), fmt)
     if loaded:
         service.ready(opened)
+    with hosted(service, send_buffer) as (url, server):
+        server_running = Running(url, service, engine, server)
+        server_running.ready = lambda: service.ready(opened)  # type: ignore[attr-defined]
+        try:
+            yield server_running
+        finally:
+            server_running.http.close()
+    engine.close()
+
+
+@contextmanager
+def hosted(service: Service, send_buffer: int | None = None) -> Iterator[tuple[str, Server]]:
+    """A service on a free port, and its address, for as long as the block lasts."""
     bound = bind("127.0.0.1", 0, service.limits.stalled_s)
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     server = Server(create_app(service))
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
-    server_running = Running(url_of(bound), service, engine, server)
-    server_running.ready = lambda: service.ready(opened)  # type: ignore[attr-defined]
     try:
         assert until(lambda: server.started)
-        yield server_running
+        yield url_of(bound), server
     finally:
-        server_running.http.close()
         server.should_exit = True
         thread.join(WAIT_S)
-        engine.close()
         assert not thread.is_alive(), "the server did not end"
 
 

@@ -43,7 +43,7 @@ def refused(**fields: Any) -> str:
     with pytest.raises(Refusal) as caught:
         asked(**fields)
     assert caught.value.status == 400
-    body = error_body(caught.value)
+    body = error_body(caught.value, "req_1")
     assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
     return body["error"]["message"]
 
@@ -310,14 +310,14 @@ def test_schemas_that_nest_too_deep_are_refused() -> None:
 
 def test_errors_of_floors_below_speak_anthropics_language() -> None:
     overflow = refusal_of(ContextOverflow("The prompt has 9 tokens.", "Shorten it.", 9, 8))
-    assert error_body(overflow)["error"] == {
+    assert error_body(overflow, "req_1")["error"] == {
         "type": "request_too_large",
         "message": "prompt is too long: The prompt has 9 tokens. Shorten it.",
     }
     stop = refusal_of(InputError("stop is bad.", "Give others."))
-    assert error_body(stop)["error"]["message"] == "stop_sequences is bad. Give others."
+    assert error_body(stop, "req_1")["error"]["message"] == "stop_sequences is bad. Give others."
     kinds = {
         400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
         413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
     }  # fmt: skip
-    assert {status: error_body(Refusal(status, "x"))["error"]["type"] for status in kinds} == kinds
+    assert {status: error_body(Refusal(status, "x"), "req_1")["error"]["type"] for status in kinds} == kinds

@@ -212,6 +212,7 @@ def test_wrong_requests(client_for: Client) -> None:
             "type": "invalid_request_error",
             "message": "max_tokens: Input should be greater than or equal to 1.",
         },
+        "request_id": bad.value.request_id,
     }
     with pytest.raises(anthropic.NotFoundError) as missing:
         client.messages.create(model="claude-nonesuch", max_tokens=9, messages=HI)
@@ -226,6 +227,34 @@ def test_wrong_requests(client_for: Client) -> None:
     history += [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "nobody"}]}]
     with pytest.raises(anthropic.BadRequestError, match=r"messages.2.content.0.tool_use_id"):
         client.messages.count_tokens(model=MODEL, messages=history)
+
+
+def test_every_answer_has_an_id(client_for: Client, words: Words) -> None:
+    def broken() -> Iterable[int]:
+        yield from words.ids("Hello")
+        raise RuntimeError("out of memory")
+
+    client = client_for(*[words.ids("Hello", "<|im_end|>")] * 2, broken(), keys=("key",))
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 9, "messages": HI}
+    message = client.messages.create(**asked)
+    assert message._request_id == message.id
+    with client.messages.stream(**asked) as stream:
+        assert stream.get_final_message().id == stream.request_id == stream.response.headers["x-request-id"]
+    counted = client.messages.count_tokens(model=MODEL, messages=HI)
+    assert (counted._request_id or "").startswith("req_")
+    with client.messages.stream(**asked) as stream, pytest.raises(anthropic.APIStatusError) as failed:
+        stream.get_final_message()
+    assert failed.value.request_id == stream.request_id == failed.value.body["request_id"]  # type: ignore[index]
+    stranger = anthropic.Anthropic(api_key="other", base_url=client.base_url, max_retries=0)
+    ids = {message.id, stream.request_id}
+    for one, wrong in ((stranger, {}), (client, {"model": "nonesuch"}), (client, {"max_tokens": 0})):
+        with pytest.raises(anthropic.APIStatusError) as refused:
+            one.messages.create(**asked | wrong)
+        error = refused.value
+        assert error.request_id is not None and error.request_id.startswith("req_")
+        assert error.body["request_id"] == error.request_id  # type: ignore[index]
+        ids.add(error.request_id)
+    assert len(ids) == 5
 
 
 def test_keywords_that_cannot_be_enforced_are_refused_where_a_tool_is_strict(client_for: Client, words: Words) -> None:

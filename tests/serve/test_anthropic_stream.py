@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from karakoram.serve.anthropic import Messages
 from karakoram.serve.anthropic.answers import MessageEvents, Signer, blocks_of, usage_of
 from karakoram.serve.refusal import Refusal
-from karakoram.serve.surface import Call
+from karakoram.serve.surface import KEEP_ALIVE, Call
 from karakoram.session.chat import ChatRequest, Usage
 
 SURFACE = Messages(Signer(b"secret"))
@@ -149,6 +149,13 @@ def test_an_error_in_the_middle_ends_the_stream() -> None:
     name, data = events_of(events.fail(Refusal(503, "The engine has failed.")))[0]
     assert name == "error"
     assert data["error"] == {"type": "overloaded_error", "message": "The engine has failed."}
+    assert data["request_id"] == "msg_1"
+
+
+def test_no_event_stands_before_the_message() -> None:
+    events = MessageEvents("msg_1", "nano", SURFACE.signer)
+    assert events.ping() == KEEP_ALIVE  # a comment: the request may wait in the queue for long
+    assert events_of(events.start([Said({})]))[0][0] == "message_start"  # type: ignore[list-item]
     assert events_of(events.ping()) == [("ping", {"type": "ping"})]
 
 

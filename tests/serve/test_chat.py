@@ -35,6 +35,7 @@ def test_plain(client: openai.OpenAI, shared: Running) -> None:
     assert choice.message.content == "Hello, world! ✓ 你好" and choice.finish_reason == "stop"
     assert choice.message.tool_calls is None
     assert answer.id.startswith("chatcmpl-") and answer.model == MODEL
+    assert answer._request_id == answer.id
     usage = answer.usage
     assert usage and usage.prompt_tokens_details and usage.completion_tokens_details
     assert usage.prompt_tokens == len(shared.engine.requests[-1].prompt)
@@ -214,6 +215,7 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=ask("Hi"))
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    assert (missing.value.request_id or "").startswith("req_")
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model=MODEL, messages=[])
     assert wrong.value.param == "messages"

@@ -1,15 +1,16 @@
 """`/v1/completions`: prompts of four kinds, echo, log-probabilities, and what is refused."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import openai
 import pytest
 
 from karakoram.engine.request import Request, TokenLogprob
 from karakoram.engine.scripted import ScriptedEngine
-from tests.serve.conftest import Running, Words
+from tests.serve.conftest import MODEL, WAIT_S, Gate, Running, Words
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -70,6 +71,50 @@ def test_stream(shared: Running) -> None:
     for chunk in chunks[:-1]:
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert texts == {0: SAID, 1: SAID} and chunks[-1]["usage"]["prompt_tokens"] == 2
+
+
+def test_stream_read_by_openais_client(serve: Callable[..., Running], words: Words) -> None:
+    """`finish_reason` is null until the end, as api.openai.com sends it (openai/openai-openapi, pull request 100).
+    OpenAI's published type has no null there and takes one for streams and whole answers, so that its client in strict
+    mode refuses OpenAI's own streams; any other value in mid-stream would tell readers that the text has ended."""
+    gates = [Gate(), Gate()]
+
+    def script(request: Request) -> Iterator[int]:
+        yield from words.ids("Hello")
+        gates[len(server.engine.requests) - 1].pass_()
+        yield from words.ids(" you", "<|im_end|>")
+
+    server = serve(script)
+    asked: Any = {"model": MODEL, "prompt": "x", "max_tokens": 50, "stream": True}
+    client = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=WAIT_S)
+    with client.completions.create(**asked, stream_options={"include_usage": True}) as stream:
+        chunks = [next(stream)]
+        gates[0].open()
+        chunks += stream
+    *pieces, usage = chunks
+    assert "".join(chunk.choices[0].text for chunk in pieces) == "Hello you"
+    assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    assert not usage.choices and usage.usage and usage.usage.completion_tokens > 2
+    strict = client.with_options(_extra_kwargs={"_strict_response_validation": True})
+    with (
+        client,
+        strict.completions.create(**asked) as stream,
+        pytest.raises(openai.APIResponseValidationError) as refused,
+    ):
+        next(stream)
+    cause: Any = refused.value.__cause__
+    assert [error["loc"] for error in cause.errors()] == [("choices", 0, "finish_reason")]
+    gates[1].open()
+    assert server.idle()
+
+
+def test_whole_answers_pass_openais_strict_client(shared: Running) -> None:
+    with openai.OpenAI(
+        api_key="none", base_url=f"{shared.url}/v1", max_retries=0, timeout=WAIT_S, _strict_response_validation=True
+    ) as client:
+        whole = client.completions.create(model=MODEL, prompt="x", max_tokens=100, logprobs=0)
+    assert whole.choices[0].text == SAID and whole.choices[0].finish_reason == "stop"
+    assert whole.id.startswith("cmpl-") and whole._request_id == whole.id
 
 
 @pytest.fixture

@@ -33,6 +33,18 @@ def test_health_while_loading(serve: Callable[..., Running], words: Words) -> No
 PATHS = ["/v1/models", "/v1/models/nano", "/metrics", "/version", "/tokenizer_info", "/openapi.json", "/nothing"]
 
 
+def test_a_bug_is_a_500_with_an_id(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bytes:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(shared.service.metrics, "page", broken)
+    answer = shared.http.get("/metrics")
+    assert answer.status_code == 500 and "bug" in answer.json()["error"]["message"]
+    assert answer.headers["x-request-id"] == answer.headers["request-id"] != ""
+    assert "," not in answer.headers["request-id"]  # sent once
+    shared.still_answers()
+
+
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer no"}, {"x-api-key": "no"}, {"x-api-key": "\xff"}])
 def test_everything_but_health_needs_the_key(
     locked: Running, headers: dict[str, str], capfd: pytest.CaptureFixture[str]

@@ -56,7 +56,7 @@ def refused(**fields: Any) -> dict[str, Any]:
     with pytest.raises(Refusal) as caught:
         read()
     assert caught.value.status == 400
-    error = surface.error(caught.value)["error"]
+    error = surface.error(caught.value, "req_1")["error"]
     assert isinstance(error, dict)
     return error
 
@@ -319,7 +319,7 @@ def test_refused_with_its_path(fields: dict[str, Any], path: str, words: str) ->
 
 
 def test_floors_below_speak_this_apis_names() -> None:
-    error = Responses().error(Refusal(400, "max_tokens is 2, which is little.", "max_tokens"))["error"]
+    error = Responses().error(Refusal(400, "max_tokens is 2, which is little.", "max_tokens"), "req_1")["error"]
     assert error == {
         "message": "max_output_tokens is 2, which is little.",
         "type": "invalid_request_error",

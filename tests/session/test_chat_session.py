@@ -184,6 +184,16 @@ def test_foreign_ids_are_canonical_in_the_prompt(talk: Talk) -> None:
     assert [call["id"] for call in answer.message["tool_calls"]] == ["functions.search:1"]
 
 
+def test_special_tokens_that_mean_nothing_are_no_text(talk: Talk) -> None:
+    said = (
+        "Re<|media_begin|>ason[UNK].</think>On<|end_header_id|>e <|reserved_token_4000|>two[PAD]<|im_user|>.<|im_end|>"
+    )
+    answer = talk.answer(ChatRequest([USER], stop=["two."]), said)
+    assert answer.message["reasoning_content"] == "Reason." and answer.message["content"] == "One "
+    assert answer.stop_string == "two."
+    assert talk.fmt.tokenizer.special_ids["[PAD]"] in answer.token_ids  # they were drawn, and count
+
+
 def test_stop_strings_end_the_content_and_do_not_show(talk: Talk) -> None:
     chat = ChatRequest([USER], stop=["STOP", "\n\n"])
     [answer], [deltas] = talk.answers(chat, "no STOP here</think>One STOP two<|im_end|>")

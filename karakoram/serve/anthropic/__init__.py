@@ -63,8 +63,8 @@ class Messages(Surface):
         blocks = blocks_of(answer.message, self.signer, call.extra.shows_thinking)
         return {**message_of(call.id, call.model, blocks, answer.usage), **stop_of(answer)}
 
-    def error(self, refusal: Refusal) -> dict[str, Any]:
-        return error_body(refusal)
+    def error(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
+        return error_body(refusal, request_id)
 
 
 class CountTokens(Counter):
@@ -85,8 +85,8 @@ class CountTokens(Counter):
     def whole(self, tokens: int) -> dict[str, Any]:
         return {"input_tokens": tokens}
 
-    def error(self, refusal: Refusal) -> dict[str, Any]:
-        return error_body(refusal)
+    def error(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
+        return error_body(refusal, request_id)
 
 
 SURFACES = (Messages(),)

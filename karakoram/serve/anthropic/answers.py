@@ -25,6 +25,7 @@ from pydantic_core import from_json
 
 from karakoram.serve.openai.chat import dumps
 from karakoram.serve.refusal import Refusal
+from karakoram.serve.surface import KEEP_ALIVE
 from karakoram.session.chat import Answer, Usage
 from karakoram.session.direct import Delta
 
@@ -141,7 +142,7 @@ def message_of(message_id: str, model: str, blocks: list[dict[str, Any]], usage:
     }
 
 
-def error_body(refusal: Refusal) -> dict[str, Any]:
+def error_body(refusal: Refusal, request_id: str) -> dict[str, Any]:
     """Anthropic's error body. The path of the field opens the message, as `messages.0.content.1`; a conversation that
     does not fit is told in the words by which Claude Code knows that it must shorten it."""
     message, param = refusal.message, refusal.param
@@ -153,7 +154,8 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
             message = path + message[len(param) :]
         else:
             message = f"{path}: {message.removeprefix(f'{param}: ')}"
-    return {"type": "error", "error": {"type": refusal.anthropic_kind, "message": message}}
+    error = {"type": refusal.anthropic_kind, "message": message}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -164,6 +166,7 @@ class MessageEvents:
 
     def __init__(self, message_id: str, model: str, signer: Signer, shows_thinking: bool = True) -> None:
         self._id, self._model, self._signer, self._shows_thinking = message_id, model, signer, shows_thinking
+        self._started = False
         self._count = 0  # of blocks begun
         self._open: str | int | None = None  # "thinking", "text", or the index of a call
         self._before = ""  # a delta's envelope up to its text
@@ -171,6 +174,7 @@ class MessageEvents:
 
     def start(self, answers: Sequence[Answer]) -> bytes:
         """See `surface.Events`."""
+        self._started = True
         message = message_of(self._id, self._model, [], answers[0].usage)
         return _event("message_start", {"message": message}).encode()
 
@@ -200,11 +204,11 @@ class MessageEvents:
 
     def fail(self, refusal: Refusal) -> bytes:
         """See `surface.Events`."""
-        return _event("error", error_body(refusal)).encode()
+        return _event("error", error_body(refusal, self._id)).encode()
 
     def ping(self) -> bytes:
-        """See `surface.Events`."""
-        return _PING
+        """See `surface.Events`. Nothing may stand before `message_start`, so until then it is a comment."""
+        return _PING if self._started else KEEP_ALIVE
 
     def _think(self, out: list[str], reasoning: str) -> None:
         if self._open != "thinking":

@@ -77,6 +77,7 @@ class ErrorDetail(BaseModel):
         "not_found_error",
         "request_too_large",
         "rate_limit_error",
+        "timeout_error",
         "api_error",
         "overloaded_error",
     ]
@@ -88,4 +89,4 @@ class ErrorResponse(BaseModel):
 
     type: Literal["error"]
     error: ErrorDetail
-    request_id: str | None = None
+    request_id: str

@@ -75,7 +75,8 @@ class Responses(Surface):
         self._keep(call, answer, items)
         return finished(call, call.extra.echo, answer, items)
 
-    def error(self, refusal: Refusal) -> dict[str, Any]:
+    def error(self, refusal: Refusal, request_id: str) -> dict[str, Any]:
+        del request_id
         return _renamed(refusal).openai_body()
 
     def _keep(self, call: Call, answer: Answer, items: list[Item]) -> None:
