@@ -12,7 +12,7 @@ from pathlib import Path
 
 from karakoram.errors import CheckpointError
 
-WANTED = ("*.safetensors", "*.json", "tiktoken.model", "*.jinja")
+WANTED = ("*.safetensors", "*.k2experts", "*.json", "tiktoken.model", "*.jinja")
 UNWANTED = ("*/*",)  # in sub-directories lie other copies of the weights; nothing this package reads
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 

@@ -64,16 +64,16 @@ def pack_checkpoint(
 def _make(checkpoint: Checkpoint, source: ExpertSource, scratch: Path, out_dir: Path, progress: Progress) -> None:
     digest = _digest(checkpoint)
     layout = Layout(source.kind, source.layers, source.experts, source.hidden, source.intermediate, digest)
+    rest = _rest(checkpoint)
+    rest_bytes = sum(entry.nbytes for entry in rest)
+    total = rest_bytes + layout.records * layout.slot_bytes
+    made = scratch / "checkpoint"
+    _check_free_space(made, rest_bytes, layout, out_dir)
     journal = Journal(scratch / "journal", _key(checkpoint, layout))
     file = None
     try:
-        made = scratch / "checkpoint"
         if not journal.continued:
             shutil.rmtree(made, ignore_errors=True)
-        rest = _rest(checkpoint)
-        rest_bytes = sum(entry.nbytes for entry in rest)
-        total = rest_bytes + layout.records * layout.slot_bytes
-        _check_free_space(made, rest_bytes, layout, out_dir)
         if not made.is_dir():
             write_checkpoint(made, checkpoint.raw_config, _tensors(rest, total, progress), checkpoint.dir)
         file = RecordFile(made / FILE_NAME, layout)
@@ -188,5 +188,5 @@ def _check_free_space(made: Path, rest_bytes: int, layout: Layout, out_dir: Path
     if needed > free:
         raise CheckpointError(
             f"the disk of {out_dir.parent} is too small: {needed:,} bytes needed, {free:,} bytes free.",
-            f"Free some space, or write to another disk; what is done is kept in {made.parent}.",
+            "Free some space, or write to another disk; what an earlier run has done is kept.",
         )

@@ -211,6 +211,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def flush_directory(path: Path) -> None:
+    """Its entries to the disk: what was written into it, or renamed, is there after a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -219,6 +220,7 @@ def flush_directory(path: Path) -> None:
 
 
 def check_target(out_dir: Path, overwrite: bool) -> None:
+    """Raises CheckpointError unless a checkpoint may be written there."""
     if not out_dir.exists():
         return
     if not out_dir.is_dir():

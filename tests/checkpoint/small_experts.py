@@ -42,6 +42,8 @@ def _tensors(config: ModelConfig, kind: str, chance: torch.Generator) -> Iterato
             yield name, torch.randn(shape, generator=chance)
         elif not names.is_routed_expert(name) or kind == "bf16":
             yield name, (torch.randn(shape, generator=chance) / 8).to(torch.bfloat16)
+        elif kind == "fp32":
+            yield name, torch.randn(shape, generator=chance)
         elif kind == "fp8":
             yield name, torch.randn(shape, generator=chance).to(torch.float8_e4m3fn)
             yield f"{name}_scale_inv", torch.rand(fp8_block.scale_shape(*shape), generator=chance) + 0.1

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,13 @@ def file(packed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def first(packed: Path) -> Iterator[Tensor]:
+def first(packed: Path) -> Tensor:
     """The record of the first expert, as it is."""
     source = PackedRecords(packed / FILE_NAME)
     slot = aligned_bytes(source.slot_bytes)
     read_record(source, LAYERS[0], 0, slot)
     source.close()
-    yield slot
+    return slot
 
 
 def read_first(source: PackedRecords) -> Tensor:
@@ -213,9 +212,10 @@ def test_a_wrong_record_is_read_once_more(packed: Path, first: Tensor) -> None:
 
 
 def test_a_record_that_stays_wrong_is_an_error_that_names_it(packed: Path) -> None:
-    with PackedFile(packed, Faulty(flip, always=True)) as source:
-        with pytest.raises(CheckpointError, match=rf"Layer 1, expert 0 in .*{FILE_NAME} is damaged.*twice") as caught:
-            read_first(source)
+    told = rf"Layer 1, expert 0 in .*{FILE_NAME} is damaged.*twice"
+    faulty = Faulty(flip, always=True)
+    with PackedFile(packed, faulty) as source, pytest.raises(CheckpointError, match=told) as caught:
+        read_first(source)
     assert "pack it again" in caught.value.fix
 
 
@@ -243,9 +243,9 @@ def test_interrupted_reads_go_on(packed: Path, first: Tensor) -> None:
 
 
 def test_a_file_that_ends_early_is_an_error(packed: Path) -> None:
-    with PackedFile(packed, Faulty(0, always=True)) as source:
-        with pytest.raises(CheckpointError, match="Layer 1, expert 0.* ends at byte"):
-            read_first(source)
+    told = r"Layer 1, expert 0.* ends at byte"
+    with PackedFile(packed, Faulty(0, always=True)) as source, pytest.raises(CheckpointError, match=told):
+        read_first(source)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])

@@ -131,9 +131,7 @@ def stop_after(records: int, src: Path, dst: Path, patch: pytest.MonkeyPatch, er
 
 
 @pytest.mark.parametrize("records", [0, 1, 5, RECORDS - 1])
-def test_a_stopped_run_is_continued(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int
-) -> None:
+def test_a_stopped_run_is_continued(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int) -> None:
     dst = tmp_path / "packed"
     with pytest.raises(Stop):
         stop_after(records, src, dst, monkeypatch, Stop())
@@ -158,9 +156,7 @@ def test_what_the_journal_claims_is_read_again(src: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("change", ["source", "journal", "rest"])
-def test_another_source_is_begun_anew(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+def test_another_source_is_begun_anew(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     dst, scratch = tmp_path / "packed", tmp_path / ".packed.packing"
     with pytest.raises(Stop):
         stop_after(5, src, dst, monkeypatch, Stop())
@@ -214,7 +210,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"too small: [\d,]+ bytes needed, 1,000 bytes free"):
         pack_checkpoint(src, tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
 def test_a_target_that_cannot_be_written(src: Path, tmp_path: Path) -> None:
@@ -243,9 +239,7 @@ def test_a_second_run_to_the_same_target_is_refused(src: Path, tmp_path: Path) -
     pack_checkpoint(src, tmp_path / "packed")
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_meanwhile_is_noticed(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = src.glob("*.safetensors")
 
     def touched(*arguments) -> None:
@@ -268,10 +262,8 @@ def test_a_packed_checkpoint_is_not_packed_again(src: Path, tmp_path: Path) -> N
 
 
 def test_what_a_record_would_round_is_refused(tmp_path: Path) -> None:
-    from tests.checkpoint.tiny import save
-
     with pytest.raises(FormatError, match="stored as F32"):
-        pack_checkpoint(save(tmp_path / "src", torch.float32), tmp_path / "packed")
+        pack_checkpoint(small_experts.write(tmp_path / "src", "fp32"), tmp_path / "packed")
 
 
 def test_damage_in_a_packed_checkpoint_is_an_error_of_whoever_reads_it(src: Path, tmp_path: Path) -> None:
@@ -288,7 +280,7 @@ def test_damage_in_a_packed_checkpoint_is_an_error_of_whoever_reads_it(src: Path
         lambda: load_model(packed),
         lambda: load_model(packed, dense=True),
     ):
-        with pytest.raises(CheckpointError, match="Layer 2, expert 1 in .* is damaged"):
+        with pytest.raises(CheckpointError, match=r"Layer 2, expert 1 in .* is damaged"):
             read()
 
 

@@ -11,7 +11,7 @@ from karakoram.errors import FormatError
 from karakoram.formats import fp8_block
 from karakoram.kernels import ops, packed
 from karakoram.kernels.cpu.library import DTYPES, PANELS, Library, describe, describe_packed
-from karakoram.kernels.packed import PackedMatrix
+from karakoram.kernels.packed import PackedExperts, PackedMatrix
 from tests.kernels import drawn
 
 SHAPES = [(1, 32), (1, 64), (5, 96), (16, 32), (16, 64), (17, 160), (33, 64), (48, 1408), (100, 352)]
@@ -144,3 +144,10 @@ def test_a_copy_is_described_anew(lib: Library) -> None:
     weight.data.zero_()
     for copy in copies:
         assert torch.equal(ops.linear(x, copy), expected)
+
+
+def test_records_of_another_size_are_refused(lib: Library) -> None:
+    whole = drawn.experts(3, 64, 96).records
+    for records in (whole[:, :-1], whole.view(torch.int8), whole[0]):
+        with pytest.raises(FormatError, match="records"):
+            PackedExperts(records, 64, 96)

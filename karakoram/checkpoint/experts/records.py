@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +113,11 @@ class PackedTensors:
         layer, expert, projection, _ = names.parse_expert(name)
         with self._lock:
             found = self._matrix(layer, expert, projection)
-            data = found.data.clone() if out is None else out.copy_(found.data)
-            return PackedMatrix(data, found.kind, found.outputs, found.inputs)
+            room = torch.empty_like(found.data) if out is None else out
+            matrix = PackedMatrix(room, found.kind, found.outputs, found.inputs)
+            # NumPy's copy is one thread; torch's waits for another core: 9.9 s for 4.8 GB on a busy machine, this 2.5
+            np.copyto(matrix.data.numpy(), found.data.numpy())
+            return matrix
 
     def _matrix(self, layer: int, expert: int, projection: str) -> PackedMatrix:
         layout = self.layout

@@ -1,9 +1,9 @@
 """Safetensors shards in place: the tensors of one expert, read together and packed for the kernels.
 
 An expert of an int4 or fp8 checkpoint is six tensors, of a bf16 one three. safetensors sorts a file by dtype, then by
-name: codes lie side by side, scales too, so an expert is two reads (bf16: one), where layers do not share files in odd
-ways. What lies apart by less than `GAP_BYTES` is read with what is between.
-Packing costs the processor about as much as reading costs the disk; `k2 pack` does it once and for all.
+name: codes lie side by side, scales too, so an expert is two reads (bf16: one). What lies apart by less than
+`GAP_BYTES` is read with what is between. Packing costs the processor about as much as reading costs the disk; `k2 pack`
+does it once and for all.
 """
 
 import threading

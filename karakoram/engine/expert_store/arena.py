@@ -12,6 +12,8 @@ from torch import Tensor
 
 from karakoram.errors import InputError
 
+_LARGE = 2 << 20  # a large page of x86 and Arm
+
 
 class Arena:
     """`slots` slots of `slot_bytes` (a multiple of the page) each; of a slot, `record_bytes` are the record."""
@@ -23,10 +25,13 @@ class Arena:
                 f"At least one slot, a multiple of {mmap.PAGESIZE} bytes.",
             )
         self.slot_bytes = slot_bytes
-        self._memory = mmap.mmap(-1, slots * slot_bytes)
-        with suppress(AttributeError, OSError):  # Linux alone; it halves the misses of the address cache
+        # Large pages triple the disk's speed (docs/decisions/expert-reading.md), and only private memory gets them.
+        self._memory = mmap.mmap(-1, slots * slot_bytes + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):  # Linux alone
             self._memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8).view(slots, slot_bytes)
+        memory = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._first = -memory.data_ptr() % _LARGE
+        whole = memory[self._first : self._first + slots * slot_bytes].view(slots, slot_bytes)
         self._slots: list[Tensor] = list(whole)
         self._records: list[Tensor] = list(whole[:, :record_bytes])
         self._free = list(range(slots - 1, -1, -1))
@@ -60,6 +65,6 @@ class Arena:
         while gone < count and self._free:
             slot = self._free.pop()
             with suppress(AttributeError, OSError, ValueError):
-                self._memory.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+                self._memory.madvise(mmap.MADV_DONTNEED, self._first + slot * self.slot_bytes, self.slot_bytes)
             gone += 1
         return gone

@@ -260,17 +260,18 @@ class Readers:
         return _Job(reads, _Piece(file, offset, length, length, 0))
 
     def _carry_out(self, job: _Job) -> None:
-        piece, error = job.piece, None
+        piece, error, came = job.piece, None, 0
         try:
             if len(job.reads) == 1:
                 views = [view_of(self._room_of(job.reads[0]))[piece.at : piece.at + piece.length]]
             else:
                 views = [view_of(self._room_of(read)) for read in job.reads]
             piece.file.read(views, piece.offset, piece.needed)
+            came = piece.needed
         except CheckpointError as found:
             error = found
         finally:
-            self._count(0 if error else piece.needed)
+            self._count(came)
         for read in job.reads:
             if error is not None and len(job.reads) > 1:  # one bad place must not take its neighbours along
                 self._read_alone(read)

@@ -364,7 +364,9 @@ for _ in range(5):
         left = [read for read in left if not read.finished]
 print(readers.done)
 """
-    other = subprocess.Popen([sys.executable, "-c", script, packed], cwd=project_root, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, packed], cwd=project_root, stdout=subprocess.PIPE, text=True
+    )
     readers = make(None, 2, PAGE)
     while other.poll() is None:
         reads = readers.submit(slots(readers.source, ALL), urgent=True)
