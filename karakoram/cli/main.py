@@ -32,6 +32,11 @@ COMMANDS = {
     "synth": ("karakoram.cli.synth", "synth_command", "Write a checkpoint by chance, in a preset's true shape."),
     "pack": ("karakoram.cli.pack", "pack_command", "Write a checkpoint with its experts packed, to run from disk."),
     "plan": ("karakoram.cli.plan", "plan_command", "How fast a model will be here, and what limits it."),
+    "experts": (
+        "karakoram.cli.experts",
+        "experts_command",
+        "What traces of routing say, and which memory would serve them.",
+    ),
     "train": ("karakoram.cli.train", "train_command", "Train a model from a recipe."),
     "eval": ("karakoram.cli.eval", "eval_command", "Score a model."),
     "bench": ("karakoram.cli.bench", "bench_command", "Measure kernels against the limits of this machine."),

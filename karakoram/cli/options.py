@@ -41,9 +41,7 @@ AllowConfigKey = Annotated[
 ]
 Ram = Annotated[
     str | None,
-    typer.Option(
-        "--ram", metavar="SIZE", help="Memory of the whole process, e.g. 16GiB, or most of what is free."
-    ),
+    typer.Option("--ram", metavar="SIZE", help="Memory of the whole process, e.g. 16GiB, or most of what is free."),
 ]
 ExpertRam = Annotated[
     str | None, typer.Option("--expert-ram", metavar="SIZE", help="Memory of the routed experts alone.")

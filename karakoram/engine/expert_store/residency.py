@@ -1,6 +1,6 @@
-"""Which experts are in memory: pure bookkeeping, shared by the live store and the simulator, so that both decide alike.
+"""Which experts are in memory: pure bookkeeping, shared by the live store and the simulator: both decide alike.
 
-A layer's turn is `demand` (who is here, who is missing; all are locked), `admit` for each that is missing, and `release`.
+A layer's turn is `demand` (who is here, who is missing; all are locked), `admit` for each missing one, and `release`.
 Never evicted are: the locked, the pinned, and the last `floor` experts of a layer, except by an expert of that layer.
 A guess (prefetch) that has not been asked about yet leaves only where nobody else can, and never for another guess.
 

@@ -66,7 +66,7 @@ class Visit:
     """What one layer took of one batch, for benchmarks."""
 
     index: int
-    missed: int  # experts that were not in memory when they were wanted
+    missed: int  # experts that were not in memory when they were wanted; those on their way by a guess among them
     computing_s: float
     feeding_s: float
 
@@ -166,13 +166,13 @@ class ExpertStore:
         self._check_source()
         wanted, on_card = self._split(index, np.unique(ids_NK.numpy()))
         here, missing = self._demand(index, wanted)
-        missed = len(missing)
         steps = ops.MoeSteps(x_ND, ids_NK, weights_NK, source.experts, source.intermediate, source.kind)
         layer = _Layer(index, steps, ids_NK, missing)
         try:
-            self._take_over_guesses(layer, here)
+            missed = len(missing) + self._take_over_guesses(layer, here)
             self._request(layer)
             begun = self.card.begin(on_card, x_ND, ids_NK) if self.card is not None and on_card else []
+            self._learn(index, wanted)
             self._guess(index, x_ND)
             self._compute(layer, [key for key in here if key not in layer.pending])
             if shared is not None:
@@ -213,9 +213,6 @@ class ExpertStore:
         here, missing = self.residency.demand(index, wanted)
         counters.demanded += len(here) + len(missing)
         counters.hits += len(here)
-        guess = self._guess_now
-        if self._foresight is not None and guess is not None and guess.index == index:
-            self._foresight.learn(guess, wanted)
         self._drop_wrong_guesses(index, set(here))
         return here, missing
 
@@ -324,12 +321,20 @@ class ExpertStore:
         self._guesses.update(zip(taken, self._submit(taken, urgent=False), strict=True))
         self.counters.guessed += len(taken)
 
-    def _take_over_guesses(self, layer: _Layer, here: list[int]) -> None:
-        """Wanted experts that a guess has asked for: wait for those like for any other."""
+    def _take_over_guesses(self, layer: _Layer, here: list[int]) -> int:
+        """Wanted experts that a guess has asked for: wait for those like for any other. How many are not here yet."""
         taken = {key: self._guesses.pop(key) for key in here if key in self._guesses}
-        self.readers.promote(list(taken.values()))
         self.counters.guessed_right += len(taken)
-        layer.pending.update(taken)
+        late = {key: read for key, read in taken.items() if read.state != "done"}
+        self.readers.promote(late.values())
+        layer.pending.update(late)
+        return len(late)
+
+    def _learn(self, index: int, wanted: np.ndarray) -> None:
+        """Tell how right the last guess was."""
+        guess = self._guess_now
+        if self._foresight is not None and guess is not None and guess.index == index:
+            self._foresight.learn(guess, wanted)
 
     def _drop_wrong_guesses(self, index: int, wanted: set[int]) -> None:
         first = index * self.source.experts

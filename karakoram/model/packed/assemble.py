@@ -163,9 +163,7 @@ def _triple(weights: Weights, stem: str, hidden: int, inner: int) -> Triple:
     )
 
 
-def _pack_mixture(
-    mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig, routed_experts: bool
-) -> None:
+def _pack_mixture(mixture: MixtureOfExperts, weights: Weights, stem: str, c: ModelConfig, routed_experts: bool) -> None:
     gate = mixture.gate
     gate.weight = nn.Parameter(weights.plain(f"{stem}.gate.weight", gate.weight), requires_grad=False)
     gate.__class__ = PackedRouter

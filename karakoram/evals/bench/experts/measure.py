@@ -23,6 +23,7 @@ from karakoram.env import peak_resident_bytes, reset_peak_resident
 from karakoram.errors import InputError
 from karakoram.evals.bench.experts.disk import records_gb_per_s
 from karakoram.evals.bench.report import Say
+from karakoram.model.generate import sample
 from karakoram.model.transformer import Transformer
 
 FIRST_PROMPT = 16
@@ -64,12 +65,13 @@ class Budgeted:
 
 
 class _Run:
-    """Greedy decoding of one sequence, with the time of each pass."""
+    """One sequence, drawn at temperature 1 (greedy text may fall into a loop of few experts), with the time taken."""
 
     def __init__(self, model: Transformer, store: ExpertStore, capacity: int) -> None:
         self.model, self.store = model, store
         self.cache = model.new_cache(1, capacity)
         self.tokens: list[int] = []
+        self._draw = torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
     def prompt(self, ids: list[int]) -> float:
@@ -88,7 +90,7 @@ class _Run:
 
     def _take(self, ids_1T: torch.Tensor) -> None:
         logits_V = self.model(ids_1T, self.cache, logits_for="last")[0, -1]
-        self.tokens.append(int(logits_V.argmax()))
+        self.tokens.append(sample(logits_V, 1.0, 1.0, self._draw))
 
 
 def measure(path: str | Path, options: StoreOptions, tokens: int, say: Say) -> Budgeted:
