@@ -89,7 +89,11 @@ class Opened:
     def where(self) -> str:
         """Device and dtype, and what is in memory where not all is, for the user."""
         place = f"{self.model.device} {str(self.model.dtype).removeprefix('torch.')}"
-        return place if self.store is None else f"{place} · {self.store}"
+        if self.store is None:
+            return place
+        from karakoram.evals.plan.plan import plan_line
+
+        return " · ".join(filter(None, (place, str(self.store), plan_line(self.directory, self.store))))
 
     def close(self) -> None:
         """End what reads experts."""

@@ -36,7 +36,7 @@ class _Weight:
 
     def dense(self) -> Tensor:
         """bf16 [out, in]."""
-        return self._parts[0] if len(self._parts) == 1 else int4_group.dequantize(*self._parts)
+        return self._parts[0] if len(self._parts) == 1 else int4_group.dequantize(self._parts[0], self._parts[1])
 
 
 class Card:
