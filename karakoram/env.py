@@ -234,8 +234,8 @@ def _cgroup_memory(group: tuple[Path, Path]) -> tuple[int | None, int | None]:
             continue
         used = _read(folder / used_name).strip()
         stat = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
-        droppable = stat.get("inactive_file") or stat.get("total_inactive_file") or "0"
-        return int(limit), int(used) - int(droppable) if used.isdigit() else None
+        droppable = sum(int(stat.get(f"{kind}_file") or 0) for kind in ("inactive", "active"))
+        return int(limit), max(0, int(used) - droppable) if used.isdigit() else None
     return None, None
 
 

@@ -35,7 +35,7 @@ def test_container_limits(tmp_path: Path) -> None:
     assert read() == (None, None)
     (tmp_path / "v2" / "memory.max").write_text("1000\n")
     (tmp_path / "v2" / "memory.current").write_text("400\n")
-    (tmp_path / "v2" / "memory.stat").write_text("anon 250\ninactive_file 100\n")
+    (tmp_path / "v2" / "memory.stat").write_text("anon 250\ninactive_file 60\nactive_file 40\n")
     assert read() == (1000, 300)
     (tmp_path / "v1").mkdir()
     (tmp_path / "v1" / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # what v1 writes for "none"
