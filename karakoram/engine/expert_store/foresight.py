@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karakoram.kernels import ops
 from karakoram.model.packed.modules import PackedRouter
 
 WORTHWHILE = 0.6  # share of right guesses below which a rank is not read
@@ -49,6 +48,8 @@ class Foresight:
         self._routers = list(routers)
         here, ahead = norms[:-1], norms[1:]
         self._ratios = [_ratio(one.float(), other.float()) for one, other in zip(here, ahead, strict=True)]
+        chosen = self._routers[0].config.num_experts_per_tok
+        self._single_ranks = np.minimum(np.arange(chosen), RANKS - 1)
         # by whether one token runs or several: those that were missing, and of these the right ones
         self._tried = {single: np.full(RANKS, PRIOR) for single in (True, False)}
         self._right = {single: np.full(RANKS, PRIOR * (WORTHWHILE + 0.05)) for single in (True, False)}
@@ -60,12 +61,10 @@ class Foresight:
         if index + 1 >= len(self._routers):
             return None
         router = self._routers[index + 1]
-        ahead_ND = (x_ND.float() * self._ratios[index]).bfloat16()
-        scores_NE = ops.linear(ahead_ND, router.matrix, torch.float32).sigmoid_() + router.e_score_correction_bias
-        ids_NK = scores_NE.topk(router.config.num_experts_per_tok, -1).indices.numpy()
+        ids_NK = router(x_ND * self._ratios[index])[0].numpy()  # in the order of rank, as the kernels give them
         if len(ids_NK) == 1:
-            return Guess(index + 1, ids_NK[0], np.minimum(np.arange(ids_NK.shape[1]), RANKS - 1), True)
-        wanted_E = np.bincount(ids_NK.ravel(), minlength=scores_NE.shape[1])  # by how many tokens
+            return Guess(index + 1, ids_NK[0], self._single_ranks, True)
+        wanted_E = np.bincount(ids_NK.ravel())  # by how many tokens
         order = np.argsort(-wanted_E, kind="stable")[: int((wanted_E > 0).sum())]
         return Guess(index + 1, order, np.arange(len(order)) * RANKS // len(order), False)
 
@@ -76,7 +75,8 @@ class Foresight:
 
     def learn(self, guess: Guess, wanted: np.ndarray) -> None:
         """What the layer wanted in truth."""
-        right = np.isin(guess.experts, wanted)
+        truly = set(wanted.tolist())
+        right = np.fromiter((expert in truly for expert in guess.experts.tolist()), bool, len(guess.experts))
         self.named += len(right)
         self.found += int(right.sum())
         if guess.missing is None or not guess.missing.any():
@@ -89,4 +89,4 @@ class Foresight:
 
 def _ratio(here_D: Tensor, ahead_D: Tensor) -> Tensor:
     ratio_D = ahead_D / here_D
-    return torch.where(ratio_D.isfinite(), ratio_D, torch.zeros_like(ratio_D))
+    return torch.where(ratio_D.isfinite(), ratio_D, torch.zeros_like(ratio_D)).bfloat16()
