@@ -131,10 +131,14 @@ class Oracle:
         ahead = (np.arange(layers)[None] - np.arange(layers)[:, None] - 1) % layers + 1
         self._passes = (ahead / layers).astype(np.float32)[..., None]  # until a layer's next visit
 
+    def enter(self, layer: int) -> None:
+        """See `Policy.enter`."""
+        self._layer = layer
+
     def used(self, keys: np.ndarray, token: int) -> None:
         """See `Policy.used`."""
         layer, drawn = int(keys[0]) // self._experts, self._drawn
-        self._layer, total = layer, np.zeros(self._experts)
+        total = np.zeros(self._experts)
         for visit in range(1, self.VISITS[-1] + 1):
             stays = drawn.a * math.exp(-visit / drawn.memory)
             mean_E = drawn.fixed_LE[layer] + stays * drawn.preference_TLE[token, layer]

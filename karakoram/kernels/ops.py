@@ -16,7 +16,7 @@ argument `implementation`, else by KARAKORAM_ISA (an instruction set, or "refere
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -240,12 +240,52 @@ def moe(
         raise InputError(
             f"x is {list(x_TD.shape)}, the experts have {experts.hidden} inputs.", "Take this layer's experts."
         )
+    places = (ctypes.c_void_p * experts.experts)(*experts.addresses)
+    return _at_once(lib, x_TD, ids_TK, weights_TK, places, experts.intermediate, experts.kind, shared)
+
+
+def moe_scattered(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    records: Mapping[int, Tensor],
+    experts: int,
+    intermediate: int,
+    kind: packed.Kind,
+    shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
+) -> Tensor:
+    """`moe` with each expert's record (a row of `PackedExperts.records`) where it lies. Only on the library.
+
+    Raises InputError where tokens chose an expert that has no record.
+    """
+    lib = chosen("cpu")
+    assert lib is not None
+    size = packed.record_bytes(x_TD.shape[-1], intermediate, kind)
+    places = (ctypes.c_void_p * experts)()
+    for expert, record in records.items():
+        if record.dtype != torch.uint8 or record.numel() != size or not record.is_contiguous():
+            raise InputError(
+                f"The record of expert {expert} is {record.dtype} {list(record.shape)}.", f"It must be {size} bytes."
+            )
+        places[expert] = record.data_ptr()
+    return _at_once(lib, x_TD, ids_TK, weights_TK, places, intermediate, kind, shared)
+
+
+def _at_once(
+    lib: Library,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    places: "ctypes.Array[ctypes.c_void_p]",
+    intermediate: int,
+    kind: packed.Kind,
+    shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None,
+) -> Tensor:
     y_TD = torch.empty_like(x_TD)
     lib.call(
-        "k2_moe_at_once", describe(x_TD), describe(ids_TK), describe(weights_TK),
-        (ctypes.c_void_p * experts.experts)(*experts.addresses),
-        ctypes.c_int64(experts.experts), ctypes.c_int64(experts.intermediate), ctypes.c_int32(PANELS[experts.kind]),
-        _shared(shared), describe(y_TD),
+        "k2_moe_at_once", describe(x_TD), describe(ids_TK), describe(weights_TK), places,
+        ctypes.c_int64(len(places)), ctypes.c_int64(intermediate), ctypes.c_int32(PANELS[kind]), _shared(shared),
+        describe(y_TD),
     )  # fmt: skip
     return y_TD
 

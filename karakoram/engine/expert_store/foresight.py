@@ -24,6 +24,7 @@ from karakoram.model.packed.modules import PackedRouter
 WORTHWHILE = 0.6  # share of right guesses below which a rank is not read
 RANKS = 8  # that are told apart; a batch's longer lists are cut into so many parts
 FADING = 0.98  # of what was counted, per layer that was guessed for
+SELDOM = 0.15  # reads of a guess, below which it is not worth its 0.2 ms
 PRIOR = 4.0  # guesses of each rank, before any was made, at the share above
 
 
@@ -53,12 +54,14 @@ class Foresight:
         # by whether one token runs or several: those that were missing, and of these the right ones
         self._tried = {single: np.full(RANKS, PRIOR) for single in (True, False)}
         self._right = {single: np.full(RANKS, PRIOR * (WORTHWHILE + 0.05)) for single in (True, False)}
+        self._reads, self._turn = 1.0, 0  # reads of a guess, lately
         self.named = self.found = 0
 
     @torch.inference_mode()
     def guess(self, index: int, x_ND: Tensor) -> Guess | None:
-        """What MoE layer `index` + 1 may choose for these normed inputs of layer `index`; None for the last layer."""
-        if index + 1 >= len(self._routers):
+        """What MoE layer `index` + 1 may choose for these normed inputs of layer `index`; None for the last layer,
+        and where guesses rest."""
+        if index + 1 >= len(self._routers) or self._rests():
             return None
         router = self._routers[index + 1]
         ids_NK = router(x_ND * self._ratios[index])[0].numpy()  # in the order of rank, as the kernels give them
@@ -67,6 +70,15 @@ class Foresight:
         wanted_E = np.bincount(ids_NK.ravel())  # by how many tokens
         order = np.argsort(-wanted_E, kind="stable")[: int((wanted_E > 0).sum())]
         return Guess(index + 1, order, np.arange(len(order)) * RANKS // len(order), False)
+
+    def saw(self, reads: int) -> None:
+        """How many reads came of a guess."""
+        self._reads += (1 - FADING) * (reads - self._reads)
+
+    def _rests(self) -> bool:
+        """Where nearly all is in memory, guesses find nothing to read: then only every eighth is made."""
+        self._turn = (self._turn + 1) % 8
+        return self._reads < SELDOM and self._turn != 0
 
     def worthwhile(self, guess: Guess) -> np.ndarray:
         """Of the guess's experts, those whose rank is right often enough: bool."""

@@ -27,6 +27,10 @@ GUESS_IS_RIGHT = 0.6  # of guesses: the share that the next router finds one lay
 class Policy(Protocol):
     """Decides who leaves. `Residency` asks, in the live store and in the simulator alike."""
 
+    def enter(self, layer: int) -> None:
+        """The pass has come to this layer (by index): what it evicts now is for this one."""
+        ...
+
     def used(self, keys: np.ndarray, token: int) -> None:
         """Keys (int64, unique, of one layer) that a batch demands, resident or not, in the pass number `token`."""
         ...
@@ -59,6 +63,9 @@ class LRU:
         self._last_use = np.zeros(layers * experts)
         self._now = 0
 
+    def enter(self, layer: int) -> None:
+        """See `Policy.enter`: all layers are alike."""
+
     def used(self, keys: np.ndarray, token: int) -> None:
         """See `Policy.used`."""
         self._now += 1
@@ -83,6 +90,9 @@ class LFU:
         self._uses = np.zeros(layers * experts)
         self._score = np.zeros(layers * experts)
         self._now = 0
+
+    def enter(self, layer: int) -> None:
+        """See `Policy.enter`: all layers are alike."""
 
     def used(self, keys: np.ndarray, token: int) -> None:
         """See `Policy.used`."""
@@ -133,6 +143,10 @@ class Hybrid:
         self._worth = np.zeros((layers, experts), np.float32)
         self._layer, self._token = 0, -1
 
+    def enter(self, layer: int) -> None:
+        """See `Policy.enter`."""
+        self._layer = layer
+
     def used(self, keys: np.ndarray, token: int) -> None:
         """See `Policy.used`."""
         layer = int(keys[0]) // self._experts
@@ -140,7 +154,6 @@ class Hybrid:
         if self._visits[layer]:
             self._learn(layer, chosen, token)
         self._visits[layer] += 1
-        self._layer = layer
         self._last_use[layer, chosen] = self._visits[layer]
         for array in (self._counts[layer], self._weights[layer]):
             array *= self._decays

@@ -44,6 +44,7 @@ class Residency:
         self._pinned[pinned] = True
         self._locked = np.zeros(keys, bool)
         self._evictable = np.zeros(keys, bool)  # resident, and neither locked, pinned nor an open guess
+        self._due: np.ndarray | None = None  # demanded keys of which the policy has not heard
         self._guessed: set[int] = set()  # guesses that their layer has not been asked about yet
         self._count = 0
         self._count_by_layer = np.zeros(layers, np.int64)
@@ -57,9 +58,11 @@ class Residency:
 
         All are locked until `release`. Guesses for this layer are decided here.
         """
+        self.settle()
         if layer_index <= self._last_layer:
             self._pass += 1
         self._last_layer = layer_index
+        self._policy.enter(layer_index)
         keys = experts.astype(np.int64) + layer_index * self.experts
         if not len(keys):
             return [], []
@@ -70,8 +73,17 @@ class Residency:
         self.hits += len(found)
         self.misses += len(missing)
         self._decide_guesses(layer_index, found)
-        self._policy.used(keys, self._pass)
+        self._due = keys
         return found, missing
+
+    def settle(self) -> None:
+        """Tell the policy of the last demand; at the latest the next one does.
+
+        Apart from `demand`, so that reads can begin first: what they evict is decided by what was known before.
+        """
+        if self._due is not None:
+            keys, self._due = self._due, None
+            self._policy.used(keys, self._pass)
 
     def admit(self, key: int, guessed: bool = False) -> int | None:
         """Make room for a key, which is resident from here on.

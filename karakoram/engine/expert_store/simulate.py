@@ -92,6 +92,9 @@ class Clairvoyant:
             upcoming[wanted[moment]] = moment
         self._next_use = upcoming
 
+    def enter(self, layer: int) -> None:
+        """See `Policy.enter`: it knows when, not where."""
+
     def used(self, keys: np.ndarray, token: int) -> None:
         """See `Policy.used`."""
         self._next_use[keys] = self._next_uses.pop()
@@ -113,6 +116,7 @@ def _run(trace: Trace, wanted: Sequence[np.ndarray], name: str, policy: Policy, 
         _, missing = memory.demand(layer, keys - layer * experts)
         for key in missing:
             if memory.admit(key) == REFUSED:
+                memory.settle()
                 memory.release(layer)  # a round is over: those that are in memory have been computed
                 memory.admit(key)
         memory.release(layer)

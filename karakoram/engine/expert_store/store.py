@@ -76,9 +76,9 @@ class _Layer:
     """One layer's work on one batch."""
 
     index: int
-    steps: ops.MoeSteps
     ids_NK: Tensor
     queue: list[int]  # keys that have no slot yet
+    steps: ops.MoeSteps | None = None
     pending: dict[int, Read] = field(default_factory=dict)  # keys that are being read
     computing_s: float = 0.0
 
@@ -157,7 +157,7 @@ class ExpertStore:
 
         Raises ExpertUnavailable for one that cannot be read.
         """
-        x_ND, ids_NK, weights_NK = rows
+        x_ND, ids_NK = rows[:2]
         source = self.source
         if index == 0:
             self._keep_within()
@@ -166,28 +166,51 @@ class ExpertStore:
         self._check_source()
         wanted, on_card = self._split(index, np.unique(ids_NK.numpy()))
         here, missing = self._demand(index, wanted)
-        steps = ops.MoeSteps(x_ND, ids_NK, weights_NK, source.experts, source.intermediate, source.kind)
-        layer = _Layer(index, steps, ids_NK, missing)
+        layer = _Layer(index, ids_NK, missing)
         try:
             missed = len(missing) + self._take_over_guesses(layer, here)
-            self._request(layer)
-            begun = self.card.begin(on_card, x_ND, ids_NK) if self.card is not None and on_card else []
-            self._learn(index, wanted)
-            self._guess(index, x_ND)
-            self._compute(layer, [key for key in here if key not in layer.pending])
-            if shared is not None:
-                self._timed(layer, steps.shared, shared)
-            for expert, rows_MD in begun:
-                steps.partial(expert, rows_MD.cpu())
-            while layer.pending or layer.queue:
-                self._request(layer)  # what was computed has made room
-                self._compute(layer, self._arrived(layer))
+            if missed or on_card:
+                self._request(layer)
+                layer.steps = ops.MoeSteps(*rows, source.experts, source.intermediate, source.kind)
+                begun = self.card.begin(on_card, x_ND, ids_NK) if self.card is not None and on_card else []
+                self._foresee(index, wanted, x_ND)
+                mixed_ND = self._in_steps(layer, here, begun, shared)
+            else:
+                self._foresee(index, wanted, x_ND)
+                mixed_ND = self._at_once(layer, here, rows, shared)
         except BaseException:
             self._abandon(layer)
             raise
         finally:
             self.residency.release(index)
-        return self._timed(layer, steps.finish), missed, layer.computing_s
+        return mixed_ND, missed, layer.computing_s
+
+    def _at_once(self, layer: _Layer, here: list[int], rows: _Rows, shared: SharedExperts | None) -> Tensor:
+        """All are in memory: one call."""
+        source = self.source
+        records = {key % source.experts: self._arena.record(self._slots[key]) for key in here}
+        mixed_ND = self._timed(
+            layer, ops.moe_scattered, *rows, records, source.experts, source.intermediate, source.kind, shared
+        )
+        if self.card is not None:
+            self.residency.release(layer.index)
+            self._promote(here)
+        return mixed_ND
+
+    def _in_steps(
+        self, layer: _Layer, here: list[int], begun: list[tuple[int, Tensor]], shared: SharedExperts | None
+    ) -> Tensor:
+        """Those in memory, then each other one as it arrives."""
+        assert layer.steps is not None
+        self._compute(layer, [key for key in here if key not in layer.pending])
+        if shared is not None:
+            self._timed(layer, layer.steps.shared, shared)
+        for expert, rows_MD in begun:
+            layer.steps.partial(expert, rows_MD.cpu())
+        while layer.pending or layer.queue:
+            self._request(layer)  # what was computed has made room
+            self._compute(layer, self._arrived(layer))
+        return self._timed(layer, layer.steps.finish)
 
     def _timed(self, layer: _Layer, work: Callable[..., Any], *arguments: Any) -> Any:
         before = time.perf_counter()
@@ -220,6 +243,7 @@ class ExpertStore:
         """The kernels' part; the keys' slots may be given to others from here on."""
         if not keys:
             return
+        assert layer.steps is not None
         experts = self.source.experts
         records = [self._arena.record(self._slots[key]) for key in keys]
         self._timed(layer, layer.steps.experts, [key % experts for key in keys], records)
@@ -300,10 +324,10 @@ class ExpertStore:
 
     # -------------------------------------------------------------------------------------------- guesses
 
-    def _guess(self, index: int, x_ND: Tensor) -> None:
+    def _guess(self, index: int, x_ND: Tensor, foresight: Foresight) -> None:
         """Begin to read what the next layer may want, with what time the disk has left."""
-        self._guess_now = None
-        if self._foresight is None or (guess := self._foresight.guess(index, x_ND)) is None:
+        guess = foresight.guess(index, x_ND)
+        if guess is None:
             return
         self._guess_now = guess
         if self.trace is not None:
@@ -313,13 +337,15 @@ class ExpertStore:
         if self.card is not None:
             guess.missing &= ~self.card.holds(keys)
         taken: list[int] = []
-        for key in keys[guess.missing & self._foresight.worthwhile(guess)].tolist():
+        for key in keys[guess.missing & foresight.worthwhile(guess)].tolist():
             if len(self._guesses) + len(taken) >= MOST_IN_FLIGHT or not self._make_room(key, guessed=True):
                 break
             taken.append(key)
         taken = [key for key in taken if key in self._slots]  # in a tiny store, one may have taken another's place
-        self._guesses.update(zip(taken, self._submit(taken, urgent=False), strict=True))
-        self.counters.guessed += len(taken)
+        foresight.saw(len(taken))
+        if taken:
+            self._guesses.update(zip(taken, self._submit(taken, urgent=False), strict=True))
+            self.counters.guessed += len(taken)
 
     def _take_over_guesses(self, layer: _Layer, here: list[int]) -> int:
         """Wanted experts that a guess has asked for: wait for those like for any other. How many are not here yet."""
@@ -330,11 +356,15 @@ class ExpertStore:
         layer.pending.update(late)
         return len(late)
 
-    def _learn(self, index: int, wanted: np.ndarray) -> None:
-        """Tell how right the last guess was."""
-        guess = self._guess_now
-        if self._foresight is not None and guess is not None and guess.index == index:
+    def _foresee(self, index: int, wanted: np.ndarray, x_ND: Tensor) -> None:
+        """Learn from what is wanted now, and guess what will be next; the disk is at work already."""
+        self.residency.settle()
+        guess, self._guess_now = self._guess_now, None
+        if self._foresight is None:
+            return
+        if guess is not None and guess.index == index:
             self._foresight.learn(guess, wanted)
+        self._guess(index, x_ND, self._foresight)
 
     def _drop_wrong_guesses(self, index: int, wanted: set[int]) -> None:
         first = index * self.source.experts
