@@ -143,6 +143,11 @@ def load_fed(
     if experts is not None and dtype == "bfloat16" and on_cpu:
         fed = open_fed(directory, experts, tuple(allow_config_keys), cache_tokens or CACHE_TOKENS)
         if fed is not None:
+            import torch
+
+            torch.set_num_threads(
+                1
+            )  # its second thread would spin where the kernels' and the readers' should run: 10 %
             return fed.model, fed.store
     elif asked:
         raise InputError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from karakoram.model.packed.modules import PackedRouter
 
-WORTHWHILE = 0.6  # share of right guesses below which a rank is not read
+WORTHWHILE = 0.65  # share of right guesses below which a rank is not read
 RANKS = 8  # that are told apart; a batch's longer lists are cut into so many parts
 FADING = 0.98  # of what was counted, per layer that was guessed for
 SELDOM = 0.15  # reads of a guess, below which it is not worth its 0.2 ms

@@ -8,7 +8,7 @@ from karakoram.checkpoint.experts import ExpertSource, aligned_bytes
 from karakoram.engine.expert_store.readers import Readers
 from karakoram.errors import KarakoramError
 
-SECONDS = 1.5
+SECONDS = 0.7
 
 
 def records_gb_per_s(source: ExpertSource, together: int, seconds: float = SECONDS, seed: int = 0) -> float:

@@ -1,7 +1,7 @@
 """One budget: a fresh model, a cold start, a warm decode, a prefill. Every number that the table has.
 
 The ideal that decoding is held against: per MoE layer the larger of reading what was missing (at the disk's measured
-rate for that many records at once) and computing what was chosen, plus everything else as it was measured. The
+rate for just that many records at once) and computing what was chosen, plus everything else as it was measured. The
 simple ideal is the larger of the two sums over a whole token. Disk rates are measured right after the run, by the
 store's own readers with nothing to compute.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from karakoram.checkpoint.experts import ExpertSource
 from karakoram.engine.expert_store.opening import Fed, StoreOptions, open_fed
 from karakoram.engine.expert_store.store import ExpertStore, Visit
 from karakoram.env import peak_resident_bytes, reset_peak_resident
@@ -28,6 +29,7 @@ from karakoram.model.transformer import Transformer
 
 FIRST_PROMPT = 16
 LONG_PROMPT = 512
+MOST_TOGETHER = 12  # records at once, for which the disk is measured; more are no faster
 WARM_UP = 64  # tokens before decoding is timed: the memory fills, the policy learns
 
 
@@ -99,9 +101,12 @@ def measure(path: str | Path, options: StoreOptions, tokens: int, say: Say) -> B
     fed = open_fed(path, options)
     if fed is None:
         raise InputError(f"{path} fits into memory.", "Give a smaller budget.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the commands do where a store feeds the model
     try:
         return _measure(fed, options, tokens, say)
     finally:
+        torch.set_num_threads(before)
         fed.store.close()
         gc.collect()
 
@@ -134,9 +139,8 @@ def _measure(fed: Fed, options: StoreOptions, tokens: int, say: Say) -> Budgeted
 
     say("the disk alone")
     missed = sum(visit.missed for visit in log)
-    together = max(1, round(missed / max(1, sum(visit.missed > 0 for visit in log))))
-    rate = records_gb_per_s(source, together)
-    many = records_gb_per_s(source, 16)
+    disk = _Disk(source)
+    read_s = sum(disk.seconds(visit.missed) for visit in log)
     rest_s = took_s - sum(visit.feeding_s for visit in log)
     return Budgeted(
         budget_bytes=options.ram_bytes,
@@ -144,31 +148,44 @@ def _measure(fed: Fed, options: StoreOptions, tokens: int, say: Say) -> Budgeted
         decode_tokens_per_s=tokens / took_s,
         hit_rate=now["hits"] / now["demanded"],
         missed_gb_per_token=missed * source.record_bytes / tokens / 1e9,
-        disk_gb_per_s=rate,
-        of_ideal=(_ideal_s(log, source.record_bytes, rate) + rest_s) / took_s,
-        of_simple_ideal=_simple_ideal_s(log, source.record_bytes, rate, rest_s) / took_s,
+        disk_gb_per_s=missed * source.record_bytes / read_s / 1e9 if missed else disk.most_gb_per_s,
+        of_ideal=(sum(max(disk.seconds(v.missed), v.computing_s) for v in log) + rest_s) / took_s,
+        of_simple_ideal=max(read_s, rest_s + sum(visit.computing_s for visit in log)) / took_s,
         guesses_useful=now["guessed_right"] / now["guessed"] if now["guessed"] else None,
         first_token_s=first_s,
-        first_token_bound_s=1.3 * first_bytes / many / 1e9 + 2,
+        first_token_bound_s=1.3 * first_bytes / disk.most_gb_per_s / 1e9 + 2,
         prefill_s=prefill_s,
         prefill_reads_per_expert=prefill_reads / (len(source.layers) * source.experts),
-        prefill_overlap=_overlap(prefill, source.record_bytes, many),
+        prefill_overlap=_overlap(prefill, disk),
         peak_bytes=peak_resident_bytes(),
     )
 
 
-def _ideal_s(log: list[Visit], record_bytes: int, gb_per_s: float) -> float:
-    return sum(max(visit.missed * record_bytes / gb_per_s / 1e9, visit.computing_s) for visit in log)
+class _Disk:
+    """How long the disk alone takes for so many records that are wanted together; asked once for each number."""
+
+    def __init__(self, source: ExpertSource) -> None:
+        self._source = source
+        self._gb_per_s: dict[int, float] = {}
+
+    @property
+    def most_gb_per_s(self) -> float:
+        """At the largest depth."""
+        return self._rate(MOST_TOGETHER)
+
+    def seconds(self, records: int) -> float:
+        """For this many at once."""
+        return records * self._source.record_bytes / self._rate(min(records, MOST_TOGETHER)) / 1e9 if records else 0.0
+
+    def _rate(self, together: int) -> float:
+        if together not in self._gb_per_s:
+            self._gb_per_s[together] = records_gb_per_s(self._source, together)
+        return self._gb_per_s[together]
 
 
-def _simple_ideal_s(log: list[Visit], record_bytes: int, gb_per_s: float, rest_s: float) -> float:
-    reading = sum(visit.missed for visit in log) * record_bytes / gb_per_s / 1e9
-    return max(reading, rest_s + sum(visit.computing_s for visit in log))
-
-
-def _overlap(log: list[Visit], record_bytes: int, gb_per_s: float) -> float:
+def _overlap(log: list[Visit], disk: _Disk) -> float:
     """Of the shorter of reading and computing, the share that ran beside the longer: 1 is perfect, 0 is in turn."""
-    reading = [visit.missed * record_bytes / gb_per_s / 1e9 for visit in log]
+    reading = [disk.seconds(visit.missed) for visit in log]
     computing, took = [visit.computing_s for visit in log], [visit.feeding_s for visit in log]
     shorter = sum(min(pair) for pair in zip(reading, computing, strict=True))
     hidden = sum(reading) + sum(computing) - sum(took)
