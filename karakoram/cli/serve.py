@@ -173,7 +173,7 @@ def open_service(opened: Any, engine_options: dict[str, Any]) -> Any:
 
     gc.collect()
     gc.freeze()  # a full collection over a model's millions of objects would stop every stream for tens of milliseconds
-    engine = Engine(opened.model, **engine_options)
+    engine = Engine(opened.model, experts=opened.store, **engine_options)
     sampling = opening.sampling_for(opened.directory, opened.fmt)
     # The dialects' defaults depend on whether the model thinks: those are left to the service.
     given = None if sampling.source.startswith("default of") else sampling

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from karakoram.engine import masks
 from karakoram.engine.blocks import BLOCK_TOKENS, BlockPool
+from karakoram.engine.expert_store.store import ExpertStore
 from karakoram.engine.request import (
     EngineStopped,
     Finish,
@@ -68,17 +69,22 @@ class Engine:
         most_batch_tokens: int = MOST_BATCH_TOKENS,
         deterministic: bool = False,
         speculate: bool = True,
+        experts: ExpertStore | None = None,
     ) -> None:
-        """cache_tokens None: enough for `most_running` contexts, or what half of the free memory holds."""
+        """cache_tokens None: enough for `most_running` contexts, or what half of the free memory holds.
+
+        experts: the store that feeds the model, where there is one; its counters join `stats`.
+        """
         c = model.config
         self.context = min(context or c.max_position_embeddings, c.max_position_embeddings)
         self.vocab_size, self.most_waiting, self.speculate = c.vocab_size, most_waiting, speculate
         self.deterministic = deterministic
         blocks = _blocks(model, cache_tokens, self.context, most_running)
-        self.runner = Runner(model, blocks, deterministic)
+        self.experts = experts
+        self.runner = Runner(model, blocks, deterministic, None if experts is None else experts.tell_rows)
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.pool, self.runner.copy, most_running, most_batch_tokens)
-        self.tokens_in = self.tokens_out = 0
+        self.tokens_in = self.tokens_out = self._submitted = 0
         self._lock = threading.Condition()
         self._inbox: deque[Sequence] = deque()
         self._cancels: set[str] = set()
@@ -108,6 +114,7 @@ class Engine:
             if request.id in self._live:
                 raise InputError(f"A request {request.id!r} is running already.", "Give each its own id.")
             self._live[request.id] = sequence
+            sequence.number, self._submitted = self._submitted, self._submitted + 1
             self._inbox.append(sequence)
             self._lock.notify()
 
@@ -164,6 +171,7 @@ class Engine:
             "preemptions": s.preemptions,
             "prompt_tokens": self.tokens_in,
             "generation_tokens": self.tokens_out,
+            **({} if self.experts is None else self.experts.stats()),
         }
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import chain
@@ -55,9 +55,16 @@ class PiecesFailed(Exception):
 class Runner:
     """The model and the memory of the cache: [layers, blocks, BLOCK_TOKENS, latent + rope key]."""
 
-    def __init__(self, model: Transformer, blocks: int, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        blocks: int,
+        deterministic: bool = False,
+        tell_rows: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        """tell_rows hears before each pass whose tokens its rows are: numbers of sequences, int [T]."""
         c = model.config
-        self.model, self.deterministic = model, deterministic
+        self.model, self.deterministic, self._tell_rows = model, deterministic, tell_rows
         width = c.kv_lora_rank + c.qk_rope_head_dim
         self.rows = lazy_zeros((c.num_hidden_layers, blocks, BLOCK_TOKENS, width), model.dtype, model.device)
         packed = hasattr(model.lm_head, "matrix")  # PackedLinear
@@ -108,6 +115,8 @@ class Runner:
         for number, table in enumerate(tables):
             padded[number, : len(table)] = table
         owner_T = np.repeat(np.arange(len(pieces)), counts)
+        if self._tell_rows is not None:
+            self._tell_rows(np.array([piece.sequence.number for piece in pieces])[owner_T])
         slots_T = padded[owner_T, positions_T // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS
         slots_T += positions_T % BLOCK_TOKENS
         singles = int(counts[counts <= self.absorb_up_to].sum())

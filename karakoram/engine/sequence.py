@@ -22,6 +22,7 @@ class Sequence:
     request: Request
     listener: Listener
     seed: int
+    number: int = 0  # of the engine's requests, for traces
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     computed: int = 0

@@ -106,6 +106,7 @@ class Metrics:
             ("vllm:num_requests_running", "Requests in the batch", seen.get("running")),
             ("vllm:num_requests_waiting", "Requests in the queue", seen.get("waiting")),
             ("vllm:kv_cache_usage_perc", "Cache blocks in use, 1 is all", self._share(seen, blocks)),
+            ("karakoram:experts_capacity", "Experts that memory holds", seen.get("experts_capacity")),
         ):
             if value is not None:
                 family = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -115,6 +116,12 @@ class Metrics:
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", "prefix_query_tokens"),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache", "prefix_hit_tokens"),
             ("vllm:num_preemptions", "Requests put back into the queue", "preemptions"),
+            ("karakoram:experts_demanded", "Experts of layers that batches chose", "experts_demanded"),
+            ("karakoram:experts_hits", "Of these, in memory or on their way", "experts_hits"),
+            ("karakoram:experts_guessed", "Experts read before they were wanted", "experts_guessed"),
+            ("karakoram:experts_guessed_right", "Of these, wanted at once", "experts_guessed_right"),
+            ("karakoram:experts_read_bytes", "Bytes of experts read from disk", "experts_bytes_read"),
+            ("karakoram:experts_wait_seconds", "Time with nothing to do but wait for the disk", "experts_waited_s"),
         ):
             if key in seen:
                 yield self._counter(name, text, seen[key])

@@ -104,6 +104,7 @@ class ExpertStore:
         self.card = card
         self.counters = Counters()
         self.log: list[Visit] | None = None  # a list, to be filled
+        self._rows_N: np.ndarray | None = None  # whose tokens the next pass has
         everything = len(source.layers) * source.experts
         self.capacity = min(capacity, everything)
         spare = SPARE_SLOTS if self.capacity < everything else 0
@@ -123,6 +124,23 @@ class ExpertStore:
         everything = len(self.source.layers) * self.source.experts
         share = self.capacity / everything
         return f"{self.capacity:,} of {everything:,} experts in memory ({share:.0%}, {self.policy})"
+
+    def tell_rows(self, rows_N: np.ndarray) -> None:
+        """Numbers of the sequences whose tokens the next pass has, for the trace."""
+        self._rows_N = rows_N.astype(np.int32)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the store was opened, for metrics."""
+        c, readers = self.counters, self.readers
+        return {
+            "experts_capacity": self.capacity,
+            "experts_demanded": c.demanded,
+            "experts_hits": c.hits,
+            "experts_guessed": c.guessed,
+            "experts_guessed_right": c.guessed_right,
+            "experts_bytes_read": readers.bytes_read,
+            "experts_waited_s": c.waited_s,
+        }
 
     def attach(self, model: Transformer) -> None:
         """Feed this model, which was loaded without its routed experts."""
@@ -162,7 +180,8 @@ class ExpertStore:
         if index == 0:
             self._keep_within()
         if self.trace is not None:
-            self.trace.record(source.layers[index], ids_NK.numpy())
+            rows_N = self._rows_N if self._rows_N is not None and len(self._rows_N) == len(ids_NK) else None
+            self.trace.record(source.layers[index], ids_NK.numpy(), sequences_T=rows_N)
         self._check_source()
         wanted, on_card = self._split(index, np.unique(ids_NK.numpy()))
         here, missing = self._demand(index, wanted)

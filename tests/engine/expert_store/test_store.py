@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from karakoram.engine.engine import Engine
+from karakoram.engine.expert_store.trace import TraceWriter, read_trace
 from karakoram.engine.request import Request, Sampling
 from karakoram.env import bundled_model_dir
 from karakoram.errors import InputError
@@ -78,3 +79,20 @@ def test_a_model_without_experts_says_so_until_it_is_fed() -> None:
 def test_a_model_that_has_its_experts_is_not_fed(nano: Transformer) -> None:
     with fed(5) as one, pytest.raises(InputError, match="experts already"):
         one.store.attach(nano)
+
+
+def test_a_trace_tells_the_sequences_of_a_batch_apart(packed_nano: Path, tmp_path: Path) -> None:
+    requests = [Request(f"r{n}", PROMPT[: 8 + 9 * n], 6, Sampling(temperature=0)) for n in range(3)]
+    path = tmp_path / "batch.trace"
+    with fed(30, path=packed_nano) as one:
+        source = one.store.source
+        one.store.trace = TraceWriter(path, source.layers, source.experts, one.model.config.num_experts_per_tok)
+        with Engine(one.model, experts=one.store) as engine:
+            for request in requests:
+                engine.generate(request)
+            stats = engine.stats()
+    assert stats["experts_demanded"] >= stats["experts_hits"] > 0
+    trace = read_trace(path)
+    lengths = {int(n): sum(int((p.sequences_T == n).sum()) for p in trace.passes) for n in range(3)}
+    assert all(lengths[n] > 5 for n in range(3))
+    assert trace.tokens == sum(lengths.values())
