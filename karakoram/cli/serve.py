@@ -98,6 +98,8 @@ def serve_command(
         held = max(cache_tokens or STORE_CONTEXT, context or 0)
         opened = opening.open_for_chat(located, dialect, device, dtype.value, allow_config_key or [], experts, held)
         loaded.append(opened)
+        if opened.store is not None:
+            print(opened.where, file=sys.stderr)
         fed = opened.store is not None  # then the experts have all memory that was not set aside
         engine = {
             "context": context or (min(held, opened.model.config.max_position_embeddings) if fed else None),
