@@ -98,16 +98,8 @@ def serve_command(
         held = max(cache_tokens or STORE_CONTEXT, context or 0)
         opened = opening.open_for_chat(located, dialect, device, dtype.value, allow_config_key or [], experts, held)
         loaded.append(opened)
-        if opened.store is not None:
-            print(opened.where, file=sys.stderr)
-        fed = opened.store is not None  # then the experts have all memory that was not set aside
-        engine = {
-            "context": context or (min(held, opened.model.config.max_position_embeddings) if fed else None),
-            "most_running": max_concurrency,
-            "cache_tokens": held if fed else cache_tokens,
-            "deterministic": deterministic,
-            "speculate": not no_speculate,
-        }
+        engine = {"context": context, "cache_tokens": cache_tokens} | cache_beside(opened, held, context)
+        engine |= {"most_running": max_concurrency, "deterministic": deterministic, "speculate": not no_speculate}
         return open_service(opened, engine)
 
     print(f"loading {model} …", file=sys.stderr)
@@ -123,6 +115,14 @@ def serve_command(
             opened.close()
     if loading.error is not None:
         raise loading.error
+
+
+def cache_beside(opened: Any, held: int, context: int | None) -> dict[str, int]:
+    """The cache where a store feeds the model: the experts have all memory that was not set aside for it."""
+    if opened.store is None:
+        return {}
+    print(opened.where, file=sys.stderr)
+    return {"context": context or min(held, opened.model.config.max_position_embeddings), "cache_tokens": held}
 
 
 def keys_of(given: list[str] | None, environment: str | None) -> list[str]:
