@@ -227,11 +227,12 @@ def experts(
       k2 bench experts ./moonlight-packed
       k2 bench experts ./moonlight-packed --shares 25 --ram 4GiB --json
     """
+    from karakoram.cli.opening import open_directory
     from karakoram.evals.bench.experts.report import experts_bench
 
     budgets = [options.size_in_bytes(size, "--ram") for size in ram or ()]
     found = experts_bench(
-        model, _numbers(shares, "--shares") if shares else [], budgets,
+        open_directory(model), _numbers(shares, "--shares") if shares else [], budgets,
         generate, policy, not no_prefetch, _threads(threads), isa and isa.value, _progress(),
     )  # fmt: skip
     _finish(found, as_json)
