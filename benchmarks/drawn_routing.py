@@ -26,9 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from karakoram.engine.expert_store.laboratory.simulate import belady, gap_closed, replay
 from karakoram.engine.expert_store.policy import lowest
 from karakoram.engine.expert_store.residency import Residency
-from karakoram.engine.expert_store.simulate import belady, gap_closed, replay
 from karakoram.engine.expert_store.trace import Pass, Trace
 
 TOP_QUARTER, REPEAT = 0.71, 0.33

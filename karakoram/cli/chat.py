@@ -61,6 +61,7 @@ def chat_command(
     vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
+    shadow: options.ShadowMs = None,
     trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
@@ -88,16 +89,17 @@ def chat_command(
     if not interactive:
         prompt = given_prompt(prompt)
     declared = _declarations(tools, demo_tools)
-    view = AnswerView()
+    view, more = AnswerView(), str
     if url is not None:
         from karakoram.cli.terminal.remote import open_remote
 
         session, sampling, where = open_remote(url, model, api_key, temperature, top_p)
     else:
         assert model is not None
-        experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
+        experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch, shadow)
         opened = opening.open_for_chat(model, dialect, device, dtype.value, allow_config_key or [], experts)
         ctx.call_on_close(opened.close)
+        more = opened.approximated
         sampling = opening.sampling_for(opened.directory, opened.fmt, temperature, top_p, not no_thinking)
         session, where = opened.session(), f"{model} · {opened.fmt.dialect} · {opened.where} · {sampling}"
     lines = _line_input() if interactive else None
@@ -111,6 +113,7 @@ def chat_command(
         thinking=not no_thinking,
         max_new_tokens=max_tokens,
         seed=seed,
+        more=more,
     )
     view.note(where)
     if lines is None:

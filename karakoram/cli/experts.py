@@ -42,7 +42,7 @@ def stats_command(
       k2 experts stats nano.trace
       k2 experts stats nano.trace --png nano.png --no-map
     """
-    from karakoram.engine.expert_store.statistics import heat, png, statistics_of
+    from karakoram.engine.expert_store.laboratory.statistics import heat, png, statistics_of
     from karakoram.engine.expert_store.trace import read_trace
 
     trace = read_trace(file)
@@ -82,7 +82,7 @@ def simulate_command(
       k2 experts simulate nano.trace
       k2 experts simulate nano.trace --policy hybrid --capacity 24,40%
     """
-    from karakoram.engine.expert_store.simulate import BELADY, belady, capacity_of, replay
+    from karakoram.engine.expert_store.laboratory.simulate import BELADY, belady, capacity_of, replay
     from karakoram.engine.expert_store.trace import read_trace
 
     trace = read_trace(file)
@@ -127,7 +127,7 @@ def _simulation_report(trace: Any, results: list[list[Any]], floor: int) -> dict
 
 def _closed(result: Any, row: list[Any]) -> float | None:
     """The way from lru to belady, where both were simulated."""
-    from karakoram.engine.expert_store.simulate import BELADY, gap_closed
+    from karakoram.engine.expert_store.laboratory.simulate import BELADY, gap_closed
 
     by_name = {one.policy: one for one in row}
     if "lru" not in by_name or BELADY not in by_name:
@@ -160,7 +160,7 @@ def _loads_table(trace: Any, found: Any) -> Any:
     """A row per layer, and their mean."""
     from rich.table import Table
 
-    from karakoram.engine.expert_store.statistics import TOP_SHARES
+    from karakoram.engine.expert_store.laboratory.statistics import TOP_SHARES
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("layer", justify="right")
@@ -212,7 +212,7 @@ def _print_map(console: Any, trace: Any, load_LE: Any) -> None:
     from rich.style import Style
     from rich.text import Text
 
-    from karakoram.engine.expert_store.statistics import heat
+    from karakoram.engine.expert_store.laboratory.statistics import heat
 
     columns = min(trace.experts, max(8, console.width - 8))
     edges = np.arange(columns) * trace.experts // columns

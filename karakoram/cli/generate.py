@@ -48,6 +48,7 @@ def generate_command(
     vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
+    shadow: options.ShadowMs = None,
     trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
@@ -72,19 +73,23 @@ def generate_command(
     declared = opening.read_tools(tools) if tools else None
     directory = opening.open_directory(model)
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
+    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch, shadow)
     if chat:
         opened = opening.open_for_chat(str(directory), dialect, device, dtype.value, allow_config_key or [], experts)
         ctx.call_on_close(opened.close)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         _chat(opened, messages, declared, not no_thinking, max_tokens, sampling, as_json)
+        if said := opened.approximated():
+            print(said, file=sys.stderr)
     else:
         model_, store = opening.load_fed(directory, device, dtype.value, allow_config_key or [], experts)
         if store is not None:
             ctx.call_on_close(store.close)
             print(store, file=sys.stderr)
         _raw(model_, directory, text, allow_special, max_tokens, sampling, as_json)
+        if store is not None and (touched := store.approximated()) is not None:
+            print(f"{touched} tokens touched approximate experts", file=sys.stderr)
 
 
 def _chat(

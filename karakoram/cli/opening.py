@@ -95,6 +95,11 @@ class Opened:
 
         return " · ".join(filter(None, (place, str(self.store), plan_line(self.directory, self.store))))
 
+    def approximated(self) -> str:
+        """How many tokens so far are not exact, for the user; empty where all are."""
+        touched = None if self.store is None else self.store.approximated()
+        return "" if touched is None else f"{touched} tokens so far touched approximate experts"
+
     def close(self) -> None:
         """End what reads experts."""
         if self.store is not None:

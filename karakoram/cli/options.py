@@ -55,6 +55,12 @@ TraceFile = Annotated[
 ExpertPolicy = Annotated[
     str | None, typer.Option("--expert-policy", metavar="NAME", help="Which experts stay in memory: hybrid, lru, lfu.")
 ]
+ShadowMs = Annotated[
+    float | None,
+    typer.Option(
+        "--shadow", metavar="MS", min=0, help="Approximate experts that a layer waits for longer, from 2-bit copies."
+    ),
+]
 NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="Read no expert before it is needed.")]
 
 
@@ -65,8 +71,9 @@ def store_options(
     trace: Path | None,
     policy: str | None,
     no_prefetch: bool,
+    shadow: float | None,
 ) -> Any:
-    """The six options above as one `StoreOptions`."""
+    """The seven options above as one `StoreOptions`."""
     from karakoram.engine.expert_store.opening import StoreOptions
 
     return StoreOptions(
@@ -75,6 +82,7 @@ def store_options(
         None if vram is None else size_in_bytes(vram, "--vram"),
         policy,
         not no_prefetch,
+        shadow,
         trace,
     )
 

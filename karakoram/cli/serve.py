@@ -62,6 +62,7 @@ def serve_command(
     vram: options.Vram = None,
     expert_policy: options.ExpertPolicy = None,
     no_prefetch: options.NoPrefetch = False,
+    shadow: options.ShadowMs = None,
     trace: options.TraceFile = None,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
@@ -86,7 +87,7 @@ def serve_command(
             f"{host} can be reached from other machines, and there is no key.",
             "Set K2_API_KEY, or say --allow-public if everybody may use this model.",
         )
-    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch)
+    experts = options.store_options(ram, expert_ram, vram, trace, expert_policy, no_prefetch, shadow)
     located = opening.locate(model)
     service = Service(name or names_of(model), keys, version=karakoram.__version__)
     bound = bind(host, port, service.limits.stalled_s)

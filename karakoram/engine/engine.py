@@ -348,6 +348,7 @@ class Engine:
         return News(
             sequence.request.id, new, finish, told, tuple(sequence.prompt_logprobs) if first else (),
             max(sequence.cached_tokens, 0) if first else 0, error, sequence.queued_s if first else 0.0,
+            None if finish is None or self.experts is None else self.experts.approximated(sequence.number),
         )  # fmt: skip
 
     def _deliver(self, told: list[_Told]) -> None:

@@ -160,6 +160,7 @@ class News:
     cached_tokens: int = 0
     error: str = ""
     queued_s: float = 0.0
+    approximate_tokens: int | None = None  # in the last news: touched by shadows of experts, where those may be used
 
 
 Listener = Callable[[Sequence[News]], None]

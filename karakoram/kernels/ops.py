@@ -4,6 +4,7 @@
     linear_by_head  the same, each head by its own rows  absorbed queries and values
     mlp         SwiGLU with packed matrices              shared experts, dense layers
     moe         the routed experts of a layer            int4, bf16, fp8
+    shadow_make, shadow_expand   two bits of four         int4, for experts that would come late
     mla_decode  latent attention, one query a sequence   bf16 cache, contiguous or in blocks
     mla_prefill the same expanded, for pieces of prompts  kv_b as `linear`
     rms_norm, latent_append, route                       what lies between, one call each
@@ -159,6 +160,26 @@ def pack_fp8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Packed
     else:
         lib.call("k2_pack_fp8", describe(codes), describe(scale), _packed(matrix))
     return matrix
+
+
+def shadow_make(panels: Tensor) -> Tensor:
+    """uint8 bytes of int4 panels -> their two-bit shadow, 5/9 of the bytes; see `packed.shadow_make`."""
+    if panels.dtype != torch.uint8 or panels.ndim != 1 or panels.numel() % packed.BLOCK_BYTES["int4"]:
+        raise FormatError(f"{panels.dtype} {list(panels.shape)} are no int4 panels.", "Give whole blocks of 576 bytes.")
+    if (lib := chosen()) is None:
+        return packed.shadow_make(panels)
+    size = panels.numel() // packed.BLOCK_BYTES["int4"] * packed.SHADOW_BLOCK_BYTES
+    shadow = torch.empty(size, dtype=torch.uint8)
+    lib.call("k2_shadow_make", describe(panels), describe(shadow))
+    return shadow
+
+
+def shadow_expand(shadow: Tensor, out: Tensor) -> None:
+    """A shadow as panels that the kernels compute with, into `out`; see `packed.shadow_expand`."""
+    if (lib := chosen()) is None:
+        out.copy_(packed.shadow_expand(shadow))
+    else:
+        lib.call("k2_shadow_expand", describe(shadow), describe(out))
 
 
 # ------------------------------------------------------------------------------------------------ operations

@@ -165,6 +165,26 @@ def unpack_fp8(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
     return codes.view(torch.float8_e4m3fn), scale
 
 
+SHADOW_BLOCK_BYTES = BLOCK_BYTES["int4"] - 256
+
+
+def shadow_make(panels: Tensor) -> Tensor:
+    """Bytes of int4 panels -> the upper two bits of every code and all scales (twin of k2_shadow_make)."""
+    blocks = panels.view(-1, BLOCK_BYTES["int4"])
+    low, high = blocks[:, :256], blocks[:, 256:512]
+    codes = (low >> 2 & 0x03) | (low >> 4 & 0x0C) | (high << 2 & 0x30) | (high & 0xC0)
+    return torch.cat((codes, blocks[:, 512:]), -1).flatten()
+
+
+def shadow_expand(shadow: Tensor) -> Tensor:
+    """Back to panels: codes 4·t + 1 and 4·t + 2 by the parity of their place (twin of k2_shadow_expand)."""
+    blocks = shadow.view(-1, SHADOW_BLOCK_BYTES)
+    codes = blocks[:, :256]
+    low = (codes << 2 & 0x0C) | (codes << 4 & 0xC0) | 0x21
+    high = (codes >> 2 & 0x0C) | (codes & 0xC0) | 0x21
+    return torch.cat((low, high, blocks[:, 256:]), -1).flatten()
+
+
 def pack_pairs(weight: Tensor) -> Tensor:
     """bf16 or fp8 codes [N, K] -> the same numbers pair by pair in panels, flat (twin of k2_pack_bf16)."""
     weight = F.pad(weight, (0, -weight.shape[1] % BLOCK, 0, -weight.shape[0] % PANEL))

@@ -57,6 +57,7 @@ class Answer:
         self._filter = StopFilter(chat.stop) if chat.stop else None
         self._began_in_reasoning = self._reasoning = in_reasoning
         self._reasoning_tokens = self._cached_tokens = 0
+        self._approximate_tokens: int | None = None
         self._content_at = None if in_reasoning else 0
         self._message: dict[str, Any] | None = None
 
@@ -68,6 +69,8 @@ class Answer:
     def feed(self, news: News) -> list[Delta]:
         """Deltas that this step makes certain: {"reasoning_content": …}, {"content": …} or {"tool_calls": [{"index",
         "id", "type", "function"}]}. The last news closes the answer: `finish_reason` and `message` are there then."""
+        if news.approximate_tokens is not None:
+            self._approximate_tokens = news.approximate_tokens
         if news.cached_tokens:
             self._cached_tokens = news.cached_tokens
         deltas: list[Delta] = []
@@ -102,6 +105,7 @@ class Answer:
             self._cached_tokens,
             len(self.token_ids),
             min(self._reasoning_tokens, len(self.token_ids)),
+            self._approximate_tokens,
         )
 
     def take_logprobs(self) -> list[TextLogprob]:

@@ -54,6 +54,13 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
     reasoning_tokens: int
+    approximate_tokens: int | None = None  # of both; None where all are exact by construction
+
+
+def approximate(usages: Sequence[Usage]) -> dict[str, int]:
+    """`approximate_tokens` for an API's usage, where it is known."""
+    known = [usage.approximate_tokens for usage in usages if usage.approximate_tokens is not None]
+    return {"approximate_tokens": sum(known)} if known else {}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ Call = Mapping[str, Any]
 
 @dataclass
 class Conversation:
-    """`answer_call` gives a tool call's result as text, or None to leave the calls unanswered and end the turn."""
+    """`answer_call` gives a tool call's result as text, or None to leave the calls unanswered and end the turn.
+
+    `more` adds to the line that ends an answer.
+    """
 
     session: Any  # Session, or RemoteSession
     view: AnswerView
@@ -33,6 +36,7 @@ class Conversation:
     thinking: bool = True
     max_new_tokens: int | None = None
     seed: int | None = None
+    more: Callable[[], str] = str
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Conversation:
             self._tidy(start)
             self.view.end_line()
             if turns:
-                self.view.note(counts(turns))
+                self.view.note(" · ".join(filter(None, (counts(turns), self.more()))))
 
     def _turn(self, turns: list[Turn]) -> Turn:
         stream = self.session.stream(

@@ -1,7 +1,7 @@
 """From a checkpoint and a budget to a model that runs: all in memory where it fits, with a store where it does not."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from karakoram.checkpoint.experts import ExpertSource, open_expert_source
 from karakoram.engine.expert_store.budget import CACHE_TOKENS, Budget, budget_of
 from karakoram.engine.expert_store.card import Card
 from karakoram.engine.expert_store.policy import policy_named
+from karakoram.engine.expert_store.shadow import shadow_bytes
 from karakoram.engine.expert_store.store import ExpertStore
 from karakoram.engine.expert_store.trace import TraceWriter
 from karakoram.env import resident_bytes
@@ -31,12 +32,13 @@ class StoreOptions:
     vram_bytes: int | None = None  # of a CUDA device, for the experts that are wanted most
     policy: str | None = None
     guessing: bool = True
+    shadow_ms: float | None = None  # a layer's wait, after which two-bit copies stand in for what is not there
     trace: Path | None = None
 
     @property
     def asked(self) -> bool:
         """Whether anything was said that needs a store."""
-        said = (self.ram_bytes, self.expert_bytes, self.vram_bytes, self.policy, self.trace)
+        said = (self.ram_bytes, self.expert_bytes, self.vram_bytes, self.policy, self.trace, self.shadow_ms)
         return any(one is not None for one in said)
 
 
@@ -72,7 +74,7 @@ def open_fed(
         return None
     source = open_expert_source(checkpoint)
     try:
-        budget = budget_of(checkpoint, source, options.ram_bytes, options.expert_bytes, cache_tokens)
+        budget = _budget(checkpoint, source, options, cache_tokens)
         if not options.asked and budget.holds(len(source.layers) * source.experts):
             source.close()
             return None
@@ -92,9 +94,7 @@ def _load(
 ) -> Fed:
     model = load_model(checkpoint.dir, allow_config_keys=allow_config_keys, routed_experts=False)
     gc.collect()
-    budget = budget_of(
-        checkpoint, source, options.ram_bytes, options.expert_bytes, cache_tokens, others_bytes=resident_bytes()
-    )
+    budget = _budget(checkpoint, source, options, cache_tokens, resident_bytes())
     slots = budget.slots()
     layers = len(source.layers)
     trace = None if options.trace is None else _trace(options.trace, source, checkpoint.config.num_experts_per_tok)
@@ -103,11 +103,36 @@ def _load(
     name = options.policy or "hybrid"
     policy = policy_named(name, layers, source.experts)
     store = ExpertStore(
-        source, slots, policy, floor, options.guessing, trace=trace, limit_bytes=budget.total_bytes, card=card
-    )
+        source, slots, policy, floor, options.guessing, trace=trace, limit_bytes=budget.total_bytes, card=card,
+        shadow_after_s=None if options.shadow_ms is None else options.shadow_ms / 1e3,
+    )  # fmt: skip
     store.policy = name
-    store.attach(model)
+    try:
+        if store.shadow is not None:
+            store.shadow.fill(store.readers)
+        store.attach(model)
+    except BaseException:
+        store.close()
+        raise
     return Fed(model, store, budget)
+
+
+def _budget(
+    checkpoint: Checkpoint,
+    source: ExpertSource,
+    options: StoreOptions,
+    cache_tokens: int,
+    others_bytes: int | None = None,
+) -> Budget:
+    """With room for the shadows, where there are any: beside the experts' own memory."""
+    found = budget_of(
+        checkpoint, source, options.ram_bytes, options.expert_bytes, cache_tokens, others_bytes=others_bytes
+    )
+    if options.shadow_ms is None:
+        return found
+    shadows = shadow_bytes(source)
+    total = found.total_bytes + (shadows if options.expert_bytes is not None else 0)
+    return replace(found, total_bytes=total, others_bytes=found.others_bytes + shadows)
 
 
 def _trace(path: Path, source: ExpertSource, chosen: int) -> TraceWriter:

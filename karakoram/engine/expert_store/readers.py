@@ -152,13 +152,17 @@ class Readers:
                     if not read._running:
                         self._end(read, "cancelled")
 
-    def wait(self, reads: Sequence[Read]) -> list[Read]:
-        """Block until at least one of them is finished; all that are. None of none."""
+    def wait(self, reads: Sequence[Read], timeout_s: float | None = None) -> list[Read]:
+        """Block until at least one of them is finished, or for so long; all that are. None of none."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             while reads:
                 if found := [read for read in reads if read.finished]:
                     return found
-                self._ended.wait()
+                left_s = None if until is None else until - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    break
+                self._ended.wait(left_s)
         return []
 
     def idle(self) -> bool:

@@ -31,6 +31,7 @@ from karakoram.engine.expert_store.foresight import Foresight, Guess
 from karakoram.engine.expert_store.policy import Policy
 from karakoram.engine.expert_store.readers import Read, Readers
 from karakoram.engine.expert_store.residency import REFUSED, Residency
+from karakoram.engine.expert_store.shadow import Shadow
 from karakoram.env import resident_bytes
 from karakoram.errors import CheckpointError, ExpertUnavailable, InputError
 from karakoram.kernels import ops
@@ -81,6 +82,7 @@ class _Layer:
     steps: ops.MoeSteps | None = None
     pending: dict[int, Read] = field(default_factory=dict)  # keys that are being read
     computing_s: float = 0.0
+    began_s: float = field(default_factory=time.perf_counter)
 
 
 class ExpertStore:
@@ -97,6 +99,7 @@ class ExpertStore:
         trace: TraceWriter | None = None,
         limit_bytes: int | None = None,
         card: Card | None = None,
+        shadow_after_s: float | None = None,
     ) -> None:
         """capacity: experts in memory at most, over all layers. limit_bytes: of the process; slots are given back
         where it grows beyond."""
@@ -111,10 +114,12 @@ class ExpertStore:
         self._arena = Arena(self.capacity + spare, source.slot_bytes, source.record_bytes)
         self.residency = Residency(len(source.layers), source.experts, self.capacity, policy, floor)
         self.readers = Readers(source, threads)
+        self.shadow = None if shadow_after_s is None else Shadow(source, shadow_after_s)
         self._guessing = guessing
         self._foresight: Foresight | None = None
         self._slots: dict[int, int] = {}
         self._guesses: dict[int, Read] = {}  # on their way, or arrived and not yet asked about
+        self._late: set[int] = set()  # of these, no guesses: their layer went on with their shadows
         self._guess_now: Guess | None = None  # for the layer that comes next
         self._leaving: list[tuple[Read, int]] = []  # stopped reads and their slots
         self._checked_s = time.monotonic()
@@ -128,6 +133,12 @@ class ExpertStore:
     def tell_rows(self, rows_N: np.ndarray) -> None:
         """Numbers of the sequences whose tokens the next pass has, for the trace."""
         self._rows_N = rows_N.astype(np.int32)
+
+    def approximated(self, sequence: int | None = None) -> int | None:
+        """Tokens that were touched by shadows: of a sequence that is over, or of all so far; None without shadows."""
+        if self.shadow is None:
+            return None
+        return self.shadow.tokens if sequence is None else self.shadow.touched(sequence)
 
     def stats(self) -> dict[str, float]:
         """Counters since the store was opened, for metrics."""
@@ -202,6 +213,8 @@ class ExpertStore:
             raise
         finally:
             self.residency.release(index)
+        if self.shadow is not None and index == len(source.layers) - 1:
+            self.shadow.end_pass(self._rows_N)
         return mixed_ND, missed, layer.computing_s
 
     def _at_once(self, layer: _Layer, here: list[int], rows: _Rows, shared: SharedExperts | None) -> Tensor:
@@ -228,8 +241,22 @@ class ExpertStore:
             layer.steps.partial(expert, rows_MD.cpu())
         while layer.pending or layer.queue:
             self._request(layer)  # what was computed has made room
-            self._compute(layer, self._arrived(layer))
+            left_s = (
+                None if self.shadow is None else max(0.0, layer.began_s + self.shadow.after_s - time.perf_counter())
+            )
+            self._compute(layer, arrived := self._arrived(layer, left_s))
+            if self.shadow is not None and not arrived:
+                self._approximate(layer, self.shadow)
         return self._timed(layer, layer.steps.finish)
+
+    def _approximate(self, layer: _Layer, shadow: Shadow) -> None:
+        """The layer has waited long enough: what is not here comes from its shadow, and is read on for later."""
+        assert layer.steps is not None
+        self._timed(layer, shadow.compute, layer.steps, [*layer.pending, *layer.queue], layer.ids_NK)
+        self._guesses.update(layer.pending)
+        self._late.update(layer.pending)
+        layer.pending.clear()
+        layer.queue.clear()
 
     def _timed(self, layer: _Layer, work: Callable[..., Any], *arguments: Any) -> Any:
         before = time.perf_counter()
@@ -299,12 +326,12 @@ class ExpertStore:
         ]
         return self.readers.submit(wanted, urgent)
 
-    def _arrived(self, layer: _Layer) -> list[int]:
-        """Wait for at least one of the layer's reads; the keys of those that are here."""
+    def _arrived(self, layer: _Layer, timeout_s: float | None) -> list[int]:
+        """Wait for at least one of the layer's reads, or for so long; the keys of those that are here."""
         if not layer.pending:
             raise InputError(f"Pins leave no room in a store of {self.capacity} experts.", "Give it more memory.")
         before = time.perf_counter()
-        finished = set(map(id, self.readers.wait(list(layer.pending.values()))))
+        finished = set(map(id, self.readers.wait(list(layer.pending.values()), timeout_s)))
         self.counters.waited_s += time.perf_counter() - before
         keys = [key for key, read in layer.pending.items() if id(read) in finished]
         for key in keys:
@@ -330,6 +357,7 @@ class ExpertStore:
             return True
         slot = self._slots.pop(victim)
         if (read := self._guesses.pop(victim, None)) is not None:
+            self._late.discard(victim)
             self._stop(read, slot)
             slot = self._take_slot()
         self._slots[key] = slot
@@ -369,7 +397,8 @@ class ExpertStore:
     def _take_over_guesses(self, layer: _Layer, here: list[int]) -> int:
         """Wanted experts that a guess has asked for: wait for those like for any other. How many are not here yet."""
         taken = {key: self._guesses.pop(key) for key in here if key in self._guesses}
-        self.counters.guessed_right += len(taken)
+        self.counters.guessed_right += len(taken.keys() - self._late)
+        self._late -= taken.keys()
         late = {key: read for key, read in taken.items() if read.state != "done"}
         self.readers.promote(late.values())
         layer.pending.update(late)
@@ -389,8 +418,10 @@ class ExpertStore:
         first = index * self.source.experts
         for key in [key for key in self._guesses if first <= key < first + self.source.experts and key not in wanted]:
             read = self._guesses.pop(key)
+            late = key in self._late
+            self._late.discard(key)
             if not read.finished or read.error is not None:
-                self.counters.guessed -= read.state == "waiting"  # it was never begun
+                self.counters.guessed -= read.state == "waiting" and not late  # it was never begun
                 self.residency.drop(key)
                 self._stop(read, self._slots.pop(key))
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from karakoram.engine.expert_store.laboratory.simulate import replay
 from karakoram.engine.expert_store.opening import FLOOR_SHARE
-from karakoram.engine.expert_store.simulate import replay
 from karakoram.engine.expert_store.trace import Pass, Trace
 
 TYPICAL = "typical routing: a quarter of the experts takes 71 % of the load, a token repeats a third of its experts"

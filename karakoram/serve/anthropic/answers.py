@@ -28,6 +28,7 @@ from karakoram.serve.refusal import Refusal
 from karakoram.serve.surface import KEEP_ALIVE
 from karakoram.session.chat import Answer, Usage
 from karakoram.session.direct import Delta
+from karakoram.session.request import approximate
 
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _CALL_ID = re.compile(r"functions\..+:\d+")
@@ -93,6 +94,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
+        **approximate([usage]),
     }
 
 

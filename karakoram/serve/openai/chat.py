@@ -30,6 +30,7 @@ from karakoram.serve.service import Service
 from karakoram.serve.surface import KEEP_ALIVE, Call, Described, Events, Surface
 from karakoram.session.chat import Answer, ChatRequest, TextLogprob
 from karakoram.session.parts import Delta
+from karakoram.session.request import approximate
 
 DONE = b"data: [DONE]\n\n"
 
@@ -153,6 +154,7 @@ def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": counts[0].cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": sum(count.reasoning_tokens for count in counts)},
+        **approximate(counts),
     }
 
 

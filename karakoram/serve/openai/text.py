@@ -149,12 +149,15 @@ class TextAnswer:
         self._echoed = (prompt if isinstance(prompt, str) else fmt.tokenizer.decode(prompt)) if asked.body.echo else ""
         self._scores = asked.body.max_tokens == 0
         self._cached_tokens = 0
+        self._approximate_tokens: int | None = None
         self._offset = 0
         self._new_logprobs: list[TokenLogprob | int] = []  # a bare id: the first token has no probability
 
     def feed(self, news: News) -> list[Delta]:
         """Text that this step makes certain, as deltas of content."""
         self._cached_tokens = news.cached_tokens or self._cached_tokens
+        if news.approximate_tokens is not None:
+            self._approximate_tokens = news.approximate_tokens
         text = ""
         if self._echoed:
             text, self._echoed = self._echoed, ""
@@ -185,7 +188,7 @@ class TextAnswer:
     @property
     def usage(self) -> Usage:
         """Counts so far; nothing here is reasoning."""
-        return Usage(len(self.request.prompt), self._cached_tokens, len(self.token_ids), 0)
+        return Usage(len(self.request.prompt), self._cached_tokens, len(self.token_ids), 0, self._approximate_tokens)
 
     def take_logprobs(self) -> dict[str, Any] | None:
         """OpenAI's `logprobs` of the tokens since the last time; None where none were asked for."""

@@ -23,6 +23,7 @@ from karakoram.serve.refusal import Refusal
 from karakoram.serve.surface import KEEP_ALIVE, Call
 from karakoram.session.chat import Answer, Usage
 from karakoram.session.direct import Delta
+from karakoram.session.request import approximate
 
 Item = dict[str, Any]
 Keep = Callable[[Answer, list[Item]], None]
@@ -97,6 +98,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **approximate([usage]),
     }
 
 

@@ -42,12 +42,25 @@ def fed(
     threads: int = 2,
     limit_bytes: int | None = None,
     card: Card | None = None,
+    shadow_after_s: float | None = None,
 ) -> Iterator[FedModel]:
     """nano, or the checkpoint at `path`, with so many experts in memory."""
     source = open_expert_source(open_checkpoint(path or bundled_model_dir()), preadv)
     model = load_model(path or bundled_model_dir(), routed_experts=False)
     chosen = policy_named(policy, len(source.layers), source.experts)
-    store = ExpertStore(source, capacity, chosen, floor, guessing, threads, limit_bytes=limit_bytes, card=card)
+    store = ExpertStore(
+        source,
+        capacity,
+        chosen,
+        floor,
+        guessing,
+        threads,
+        limit_bytes=limit_bytes,
+        card=card,
+        shadow_after_s=shadow_after_s,
+    )
+    if store.shadow is not None:
+        store.shadow.fill(store.readers)
     store.attach(model)
     try:
         yield FedModel(model, store)

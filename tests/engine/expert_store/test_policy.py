@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from karakoram.engine.expert_store.laboratory.simulate import demands, replay
 from karakoram.engine.expert_store.policy import POLICIES, policy_named
-from karakoram.engine.expert_store.simulate import demands, replay
 from karakoram.engine.expert_store.trace import Trace
 from karakoram.errors import InputError
 from tests.engine.expert_store.drawn import largest_demand, traces

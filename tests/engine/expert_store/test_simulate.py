@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.drawn_routing import draw, oracle_hits
+from karakoram.engine.expert_store.laboratory.simulate import belady, capacity_of, demands, gap_closed, replay
 from karakoram.engine.expert_store.policy import POLICIES
-from karakoram.engine.expert_store.simulate import belady, capacity_of, demands, gap_closed, replay
 from karakoram.engine.expert_store.trace import Trace, TraceWriter, read_trace
 from karakoram.errors import InputError
 from tests.engine.expert_store.drawn import largest_demand, trace_of, traces

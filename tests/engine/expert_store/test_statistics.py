@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from karakoram.engine.expert_store.statistics import heat, load_of, png, statistics_of
+from karakoram.engine.expert_store.laboratory.statistics import heat, load_of, png, statistics_of
 from karakoram.engine.expert_store.trace import Pass, Trace
 from karakoram.errors import InputError
 from tests.engine.expert_store.drawn import trace_of

@@ -67,6 +67,10 @@ int64_t k2_packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs);
 // int32 [N, K/8] and bf16 [N, K/32] -> int4 panels; refuses scales that are not finite.
 k2_status k2_pack_int4(const k2_tensor* codes, const k2_tensor* scale, k2_tensor* out);
 k2_status k2_unpack_int4(const k2_tensor* packed, k2_tensor* codes, k2_tensor* scale);
+// Bytes of int4 panels u8 [576 · n] -> their upper two bits and all scales u8 [320 · n], and back to panels: 0…3 becomes, by
+// the parity of its place, 1 or 2 steps above 4 · its value, so that a group's error has no sign of its own.
+k2_status k2_shadow_make(const k2_tensor* panels, k2_tensor* shadow);
+k2_status k2_shadow_expand(const k2_tensor* shadow, k2_tensor* panels);
 // bf16 [N, K] -> bf16 panels.
 k2_status k2_pack_bf16(const k2_tensor* weight, k2_tensor* out);
 // fp8 e4m3 bytes u8 [N, K] and f32 [N/128, K/128] -> fp8 panels (codes, then the scales).

@@ -85,9 +85,59 @@ void pack_pairs(const k2_tensor& weight, int64_t panel, int64_t padded, Word* ou
   }
 }
 
+constexpr int64_t kCodeBytes = 512, kScaleBytes = kInt4BlockBytes - kCodeBytes;
+constexpr int64_t kShadowBlockBytes = kCodeBytes / 2 + kScaleBytes;
+constexpr int64_t kBlocksAtOnce = 256;
+
+k2_status check_shadow(const k2_tensor* panels, const k2_tensor* shadow) {
+  K2_TRY(check_tensor("panels", panels, K2_U8, 1));
+  K2_TRY(check_tensor("shadow", shadow, K2_U8, 1));
+  if (panels->shape[0] % kInt4BlockBytes || panels->shape[0] / kInt4BlockBytes * kShadowBlockBytes != shadow->shape[0])
+    return fail(K2_BAD_SHAPE, "%lld bytes of panels have no shadow of %lld", static_cast<long long>(panels->shape[0]),
+                static_cast<long long>(shadow->shape[0]));
+  return K2_OK;
+}
+
+template <class Work>
+void for_blocks(int64_t blocks, const Work& work) {
+  parallel((blocks + kBlocksAtOnce - 1) / kBlocksAtOnce, [&](int64_t part, int) {
+    const int64_t end = (part + 1) * kBlocksAtOnce;
+    for (int64_t b = part * kBlocksAtOnce; b < (end < blocks ? end : blocks); b++) work(b);
+  });
+}
+
 }  // namespace
 
 extern "C" {
+
+k2_status k2_shadow_make(const k2_tensor* panels, k2_tensor* shadow) try {
+  K2_TRY(check_shadow(panels, shadow));
+  for_blocks(panels->shape[0] / kInt4BlockBytes, [&](int64_t b) {
+    const uint8_t* in = static_cast<const uint8_t*>(panels->data) + b * kInt4BlockBytes;
+    uint8_t* out = static_cast<uint8_t*>(shadow->data) + b * kShadowBlockBytes;
+    for (int64_t i = 0; i < kCodeBytes / 2; i++) {  // bytes i and i + 256: both halves are then read in order
+      const uint8_t low = in[i], high = in[i + kCodeBytes / 2];
+      out[i] = static_cast<uint8_t>((low >> 2 & 0x03) | (low >> 4 & 0x0C) | (high << 2 & 0x30) | (high & 0xC0));
+    }
+    memcpy(out + kCodeBytes / 2, in + kCodeBytes, kScaleBytes);
+  });
+  return K2_OK;
+} K2_CATCH
+
+k2_status k2_shadow_expand(const k2_tensor* shadow, k2_tensor* panels) try {
+  K2_TRY(check_shadow(panels, shadow));
+  for_blocks(panels->shape[0] / kInt4BlockBytes, [&](int64_t b) {
+    const uint8_t* in = static_cast<const uint8_t*>(shadow->data) + b * kShadowBlockBytes;
+    uint8_t* out = static_cast<uint8_t*>(panels->data) + b * kInt4BlockBytes;
+    for (int64_t i = 0; i < kCodeBytes / 2; i++) {
+      const uint8_t s = in[i];
+      out[i] = static_cast<uint8_t>((s << 2 & 0x0C) | (s << 4 & 0xC0) | 0x21);
+      out[i + kCodeBytes / 2] = static_cast<uint8_t>((s >> 2 & 0x0C) | (s & 0xC0) | 0x21);
+    }
+    memcpy(out + kCodeBytes, in + kCodeBytes / 2, kScaleBytes);
+  });
+  return K2_OK;
+} K2_CATCH
 
 int64_t k2_packed_bytes(int32_t dtype, int64_t outputs, int64_t inputs) { return packed_bytes(dtype, outputs, inputs); }
 

@@ -1,0 +1,1 @@
+"""What is done with traces: replays under any policy, and statistics."""
