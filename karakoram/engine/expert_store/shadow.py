@@ -2,7 +2,8 @@
 
 Of each code the upper two bits are kept, and all scales: 5/9 of the bytes, expanded in 0.1 ms for an expert of
 Moonlight, 1.3 ms for one of K2. A layer waits for its reads so long; what is not there then is computed from its
-shadow, and the read goes on, for the next token. An answer that was touched by shadows is not exact, and depends on the disk's speed:
+shadow. Reads that have begun go on, for the next token; those that have not are given up, or the next layer would wait
+for them. An answer that was touched by shadows is not exact, and depends on the disk's speed:
 so this is off unless asked for, and which tokens were touched is counted, for all and for each sequence.
 
 Legend: N tokens of a pass, K experts per token.

@@ -250,9 +250,15 @@ class ExpertStore:
         return self._timed(layer, layer.steps.finish)
 
     def _approximate(self, layer: _Layer, shadow: Shadow) -> None:
-        """The layer has waited long enough: what is not here comes from its shadow, and is read on for later."""
+        """The layer has waited long enough: what is not here comes from its shadow. Reads that have begun go on."""
         assert layer.steps is not None
-        self._timed(layer, shadow.compute, layer.steps, [*layer.pending, *layer.queue], layer.ids_NK)
+        missing = [*layer.pending, *layer.queue]
+        for key, read in list(layer.pending.items()):
+            if read.state == "waiting":
+                del layer.pending[key]
+                self.residency.drop(key)
+                self._stop(read, self._slots.pop(key))
+        self._timed(layer, shadow.compute, layer.steps, missing, layer.ids_NK)
         self._guesses.update(layer.pending)
         self._late.update(layer.pending)
         layer.pending.clear()
