@@ -35,14 +35,16 @@ def test_without_patience_what_is_not_in_memory_is_approximated(packed_nano: Pat
         assert float(near) > 0.9
 
 
-def test_what_came_late_is_there_the_next_time(packed_nano: Path, in_memory: Run) -> None:
+def test_shadows_leave_nothing_wrong_behind(packed_nano: Path, in_memory: Run) -> None:
+    """Impatient, then patient, then impatient again with all of it in memory."""
     with fed(EVERYTHING, path=packed_nano, shadow_after_s=0, guessing=False) as one:
-        for _ in range(3):
-            run(one.model)
-        while not one.store.readers.idle():
-            one.store.readers.wait(list(one.store._guesses.values()))  # pyright: ignore[reportPrivateUsage]
-            break
+        shadow = one.store.shadow
+        assert shadow is not None
+        run(one.model)
         before = one.store.approximated()
+        shadow.after_s = 60
+        assert same(run(one.model), in_memory)
+        shadow.after_s = 0
         assert same(run(one.model), in_memory)
         assert one.store.approximated() == before
 
