@@ -135,6 +135,8 @@ def _assumptions(load: Workload, hits: Hits, where: Placement) -> list[str]:
     if where.fed:
         found.append(f"experts found in memory: {hits.source}")
         found.append("memory has seen some hundred tokens; prefetching neither helps nor costs")
+    else:
+        found.append("all is in memory, but timed expert by expert, as a store computes: without one it is faster")
     if where.on_card:
         found.append("the card keeps the most wanted experts and computes them itself, beside the processor")
     if load.room_bytes:
