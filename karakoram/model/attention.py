@@ -23,6 +23,7 @@ from karakoram.config import ModelConfig
 from karakoram.model import forms
 from karakoram.model.backward.causal import causal_attention
 from karakoram.model.cache import Cache, PagedPass
+from karakoram.model.documents import Documents
 from karakoram.model.layers import RMSNorm, linear
 from karakoram.model.rope import rotate, softmax_scale
 from karakoram.model.watch import Watch
@@ -62,6 +63,7 @@ class LatentAttention(nn.Module):
         positions_BT: Tensor,
         cache: Cache | PagedPass | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Attend from x to itself and to the cache: [B, T, D] -> [B, T, D]. Without one, T counts from position 0."""
         q_nope, q_rope, latent, k_rope = self.project(x_BTD, rotation)
@@ -70,8 +72,7 @@ class LatentAttention(nn.Module):
             cache.flat(self.layer)[cache.slots_T] = rows_TW
             return self.o_proj(self.paged(q_nope, q_rope, cache))
         if cache is None:
-            out = self.expanded(q_nope, q_rope, latent, k_rope, None, watch)
-            return self.o_proj(out)
+            return self.o_proj(self.expanded(q_nope, q_rope, latent, k_rope, None, watch, documents))
         latent, k_rope = cache.append(self.layer, latent, k_rope, positions_BT)
         latent, k_rope = latent.to(x_BTD.dtype), k_rope.to(x_BTD.dtype)
         visible_BTS = torch.arange(latent.shape[1], device=latent.device) <= positions_BT[..., None]
@@ -147,17 +148,31 @@ class LatentAttention(nn.Module):
         k_rope_BSR: Tensor,
         visible_BTS: Tensor | None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Ordinary attention over multiplied-out keys and values: [B, T, H·V]. `visible` None: causal with T = S."""
+        """Ordinary attention over multiplied-out keys and values: [B, T, H·V].
+
+        `visible` None: causal with T = S, within each of the documents if they are given.
+        """
         c = self.config
         kv_BSHx = self.kv_b_proj(latent_BSL).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv_BSHx.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         k_rope = k_rope_BSR[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
         q_BHTx = torch.cat((q_nope_BTHN, q_rope_BTHR), -1).transpose(1, 2)
         k_BHSx = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
-        if watch is not None:
-            watch.see_attention(self.layer, q_BHTx, k_BHSx, self.scale)
-        out_BHTV = scaled_attention(q_BHTx, k_BHSx, value.transpose(1, 2), visible_BTS, self.scale)
+        value_BHSV = value.transpose(1, 2)
+        if visible_BTS is None and trains_on_cpu(q_BHTx):
+            largest_H = None if watch is None else torch.empty(c.num_attention_heads)
+            spans = None if documents is None else documents.spans
+            out_BHTV = causal_attention(q_BHTx, k_BHSx, value_BHSV, self.scale, spans, largest_H)
+            if watch is not None and largest_H is not None:
+                watch.see_logits(self.layer, largest_H)
+        else:
+            if watch is not None:
+                watch.see_attention(self.layer, q_BHTx, k_BHSx, self.scale)
+            if documents is not None:
+                visible_BTS = documents.visible_BTT
+            out_BHTV = scaled_attention(q_BHTx, k_BHSx, value_BHSV, visible_BTS, self.scale)
         return out_BHTV.transpose(1, 2).flatten(-2)
 
     def absorbed(
@@ -177,6 +192,11 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthl,hvl->bthv", mixed_BTHL, value_HVL).flatten(-2)
 
 
+def trains_on_cpu(q_BHTx: Tensor) -> bool:
+    """Whether attention from these queries has the backward pass of its own (`backward/causal.py`)."""
+    return q_BHTx.device.type == "cpu" and torch.is_grad_enabled() and q_BHTx.requires_grad
+
+
 def shape_of(c: ModelConfig) -> str:
     """What the costs of attention depend on."""
     sizes = (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
@@ -187,7 +207,7 @@ def scaled_attention(
     q_BHTx: Tensor, k_BHSx: Tensor, v_BHSV: Tensor, visible_BTS: Tensor | None, scale: float
 ) -> Tensor:
     """softmax(q·k·scale) · v -> [B, H, T, V]; narrow values are padded to the keys' width for torch's kernel."""
-    if visible_BTS is None and q_BHTx.device.type == "cpu" and torch.is_grad_enabled() and q_BHTx.requires_grad:
+    if visible_BTS is None and trains_on_cpu(q_BHTx):
         return causal_attention(q_BHTx, k_BHSx, v_BHSV, scale)
     width = v_BHSV.shape[-1]
     if width < q_BHTx.shape[-1]:

@@ -67,7 +67,14 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, experts: ExpertBank | None = None, watch: Watch | None = None) -> Tensor:
         """Routed sum plus the shared experts, which have no gate and are not scaled."""
         x_ND = x.flatten(0, -2)
-        ids_NK, weights_NK = self.gate(x_ND)
+        if watch is not None and watch.scores:
+            ids_NK, weights_NK, scores_NE, edge_N = self.gate.examine(x_ND)
+            rows = x.shape[:-1] if x.ndim == 3 else (1, len(x_ND))  # sequences, for the sequence-wise loss
+            watch.see_scores(
+                self.layer, scores_NE.unflatten(0, rows), ids_NK.unflatten(0, rows), edge_N.unflatten(0, rows)
+            )
+        else:
+            ids_NK, weights_NK = self.gate(x_ND)
         if watch is not None:
             watch.see_routing(self.layer, ids_NK, self.gate.config.n_routed_experts)
         if experts is None:

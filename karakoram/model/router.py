@@ -34,6 +34,13 @@ class Router(nn.Module):
         ids_NK = choose(scores_NE.detach() + self.e_score_correction_bias, self.config)
         return ids_NK, weigh(scores_NE.gather(-1, ids_NK), self.config)
 
+    def examine(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `forward`, and what balancing asks for: scores [N, E], and the best biased score not chosen [N]."""
+        scores_NE = torch.sigmoid(self.logits(x_ND))
+        values_Nk, ids_Nk = best(scores_NE.detach() + self.e_score_correction_bias, self.config, spare=1)
+        ids_NK = ids_Nk[:, :-1]
+        return ids_NK, weigh(scores_NE.gather(-1, ids_NK), self.config), scores_NE, values_Nk[:, -1]
+
     def logits(self, x_ND: Tensor) -> Tensor:
         """Affinities before the sigmoid, in float32 from float32 operands: [N, E]."""
         return F.linear(x_ND.float(), self.weight.float())
@@ -41,13 +48,18 @@ class Router(nn.Module):
 
 def choose(biased_NE: Tensor, config: ModelConfig) -> Tensor:
     """The K best of the biased scores, within the best groups: ids int64 [N, K]."""
+    return best(biased_NE, config)[1]
+
+
+def best(biased_NE: Tensor, config: ModelConfig, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """Values and ids of the K + spare best biased scores within the best groups; sorted where there is a spare."""
     if config.n_group > 1:
         grouped_NGe = biased_NE.unflatten(-1, (config.n_group, -1))
         rank_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
         best_NG = torch.zeros_like(rank_NG, dtype=torch.bool)
         best_NG.scatter_(-1, rank_NG.topk(config.topk_group, dim=-1, sorted=False).indices, True)
         biased_NE = grouped_NGe.masked_fill(~best_NG[..., None], float("-inf")).flatten(-2)
-    return biased_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+    return biased_NE.topk(config.num_experts_per_tok + spare, dim=-1, sorted=spare > 0)  # pyright: ignore[reportReturnType]
 
 
 def weigh(scores_NK: Tensor, config: ModelConfig) -> Tensor:

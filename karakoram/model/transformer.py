@@ -18,6 +18,7 @@ from karakoram.config import ModelConfig
 from karakoram.errors import InputError
 from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache, PagedPass
+from karakoram.model.documents import Documents
 from karakoram.model.layers import RMSNorm, SwiGLU, linear
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.rope import inverse_frequencies, rotation_scale, rotations
@@ -46,9 +47,10 @@ class Layer(nn.Module):
         cache: Cache | PagedPass | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, positions_BT, cache, watch)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, positions_BT, cache, watch, documents)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MixtureOfExperts):
             return x_BTD + self.mlp(normed_BTD, experts, watch)
@@ -72,10 +74,11 @@ class Decoder(nn.Module):
         cache: Cache | PagedPass | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Embedded tokens through the layers and the final norm: [B, T, D] -> [B, T, D]."""
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation, positions_BT, cache, experts, watch)
+            x_BTD = layer(x_BTD, rotation, positions_BT, cache, experts, watch, documents)
         return self.norm(x_BTD)
 
 
@@ -136,14 +139,20 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Token ids [B, T] -> final normed hidden states [B, T, D]; unchecked, for callers that made the ids."""
+        """Token ids [B, T] -> final normed hidden states [B, T, D]; unchecked, for callers that made the ids.
+
+        documents  without a cache: rows hold several documents, which do not see each other
+        """
+        if positions is None and documents is not None:
+            positions = documents.positions_BT
         if positions is None:
             start, count = 0 if cache is None else cache.length, token_ids_BT.shape[1]
             positions = torch.arange(start, start + count, device=token_ids_BT.device).expand_as(token_ids_BT)
         rotation = rotations(self.inverse_frequencies(), positions, rotation_scale(self.config))
         x_BTD = self.model.embed_tokens(token_ids_BT)
-        return self.model(x_BTD, rotation, positions, cache, experts, watch)
+        return self.model(x_BTD, rotation, positions, cache, experts, watch, documents)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Normed hidden states -> float32 logits."""

@@ -21,6 +21,7 @@ from karakoram.kernels.layer import Attention, DecoderLayer, Mixture, Stack, Tri
 from karakoram.kernels.packed import PackedMatrix
 from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache, PagedPass
+from karakoram.model.documents import Documents
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.packed.modules import (
     PackedAttention,
@@ -49,14 +50,15 @@ class PackedLayer(Layer):
         cache: Cache | PagedPass | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """As `Layer.forward`."""
         number = self.self_attn.layer
         places = singles(cache, positions_BT, self.self_attn, number, number + 1)
         if places is None:
-            return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch)
+            return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch, documents)
         x_nD, (cos, sin) = x_BTD.flatten(0, 1), (part.flatten(0, 1) for part in rotation)
-        if self.stack.whole and experts is None and watch is None:
+        if self.stack.whole and experts is None and watch is documents is None:
             return ops.decode_layers(self.stack, x_nD, cos, sin, *places).view(x_BTD.shape)
         halves = ops.decode_attention(self.stack, x_nD, cos, sin, *places)
         x, normed = (half.view(x_BTD.shape) for half in halves)
@@ -80,13 +82,14 @@ class PackedDecoder(Decoder):
         cache: Cache | PagedPass | None = None,
         experts: ExpertBank | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """As `Decoder.forward`."""
-        together = self.stack.whole and not self.one_by_one and experts is None and watch is None
+        together = self.stack.whole and not self.one_by_one and experts is None and watch is documents is None
         first: Any = self.layers[0]
         places = None if not together else singles(cache, positions_BT, first.self_attn, 0, len(self.layers))
         if places is None:
-            return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch)
+            return super().forward(x_BTD, rotation, positions_BT, cache, experts, watch, documents)
         cos, sin = (part.flatten(0, 1) for part in rotation)
         x_nD = ops.decode_layers(self.stack, x_BTD.flatten(0, 1), cos, sin, *places)
         return self.norm(x_nD.view(x_BTD.shape))

@@ -19,6 +19,7 @@ from karakoram.kernels import ops
 from karakoram.kernels.packed import PackedExperts, PackedMatrix
 from karakoram.model.attention import LatentAttention
 from karakoram.model.cache import Cache, LatentCache, PagedPass
+from karakoram.model.documents import Documents
 from karakoram.model.moe import ExpertBank, MixtureOfExperts
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
@@ -160,14 +161,15 @@ class PackedAttention(LatentAttention):
         positions_BT: Tensor,
         cache: Cache | PagedPass | None = None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """As `LatentAttention.forward`."""
         if isinstance(cache, PagedPass) and cache.rows.dtype == torch.bfloat16:
             return self.o_proj(self.over_blocks(x_BTD, rotation, cache))
         if not isinstance(cache, LatentCache) or cache.rows.dtype != torch.bfloat16:
-            return super().forward(x_BTD, rotation, positions_BT, cache, watch)
+            return super().forward(x_BTD, rotation, positions_BT, cache, watch, documents)
         if not self.absorbs(positions_BT.shape[1], int(positions_BT.max()) + 1):
-            return super().forward(x_BTD, rotation, positions_BT, cache, watch)
+            return super().forward(x_BTD, rotation, positions_BT, cache, watch, documents)
         rows_BSx = cache.reserve(self.layer, positions_BT)
         return self.o_proj(self.decode(x_BTD, rotation, positions_BT, rows_BSx))
 
@@ -223,10 +225,11 @@ class PackedAttention(LatentAttention):
         k_rope_BSR: Tensor,
         visible_BTS: Tensor | None,
         watch: Watch | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """As `LatentAttention.expanded`; every query sees the first slots, up to its own."""
-        if watch is not None:
-            return super().expanded(q_nope_BTHN, q_rope_BTHR, latent_BSL, k_rope_BSR, visible_BTS, watch)
+        if watch is not None or documents is not None:
+            return super().expanded(q_nope_BTHN, q_rope_BTHR, latent_BSL, k_rope_BSR, visible_BTS, watch, documents)
         rows, count = q_nope_BTHN.shape[:2]
         seen_BT = torch.arange(1, count + 1).expand(rows, -1) if visible_BTS is None else visible_BTS.sum(-1)
         parts = [
