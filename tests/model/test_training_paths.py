@@ -7,10 +7,13 @@ from torch import Tensor
 
 from karakoram.config import ModelConfig
 from karakoram.model.attention import scaled_attention
-from karakoram.model.backward.causal import causal_attention
+from karakoram.model.backward.causal import BLOCK, causal_attention
 from karakoram.model.backward.grouped import ROUND_TO, Assignment, assign, gather, grouped_linear, spread
+from karakoram.model.documents import Documents
 from karakoram.model.moe import LocalExperts
-from tests.model.reference import SHAPE, Case, distance
+from karakoram.model.transformer import Transformer
+from karakoram.train.initialize import initialize
+from tests.model.reference import SHAPE, Case, distance, token_ids
 
 TOLERANCE = 1e-5  # float32 products of at most a few hundred terms, summed in another order: a few 1e-7 each
 
@@ -26,7 +29,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "width", "value_width"),
-    [(2, 3, 65, 24, 16), (1, 1, 1, 8, 8), (3, 2, 40, 16, 32)],
+    [(2, 3, 65, 24, 16), (1, 1, 1, 8, 8), (3, 2, 40, 16, 32), (1, 2, 2 * BLOCK + 77, 12, 8)],
 )
 def test_causal_attention(batch: int, heads: int, tokens: int, width: int, value_width: int) -> None:
     shapes = ((batch, heads, tokens, width),) * 2 + ((batch, heads, tokens, value_width),)
@@ -44,6 +47,46 @@ def test_causal_attention(batch: int, heads: int, tokens: int, width: int, value
 def test_causal_attention_by_finite_differences() -> None:
     q, k, v = leaves((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 3), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, 0.4), (q, k, v))
+
+
+def test_documents_in_a_row_are_rows_of_their_own() -> None:
+    """Values, gradients and largest logits, with documents shorter and longer than a block of queries."""
+    lengths = (5, BLOCK, 1, BLOCK + 30)
+    q, k, v = leaves(*((1, 2, sum(lengths), 8),) * 3)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    spans = [(0, end - length, end) for length, end in zip(lengths, ends)]
+    largest_H = torch.empty(2)
+    ours = causal_attention(q, k, v, 0.4, spans, largest_H)
+    apart = torch.cat([plain_attention(*(x[:, :, a:b] for x in (q, k, v)), 0.4) for _, a, b in spans], 2)
+    assert distance(ours, apart) <= TOLERANCE
+    upstream = torch.randn_like(apart)
+    for got, expected in zip(*(torch.autograd.grad(o, (q, k, v), upstream) for o in (ours, apart)), strict=True):
+        assert distance(got, expected) <= TOLERANCE
+    logits = [(q[0, :, a:b] @ k[0, :, a:b].mT * 0.4).tril() for _, a, b in spans]
+    seen = [x.masked_fill(torch.ones_like(x[0], dtype=torch.bool).triu(1), -torch.inf).amax((1, 2)) for x in logits]
+    # the same products in another order: a few units in the last place of float32
+    assert torch.allclose(largest_H, torch.stack(seen).amax(0), rtol=1e-6)
+
+
+def test_a_packed_row_gives_what_its_documents_give_alone() -> None:
+    """Through the whole model: positions begin again, nobody sees another document; by spans and by mask."""
+    model = initialize(
+        Transformer(
+            ModelConfig.from_dict({"model_type": "deepseek_v3", **SHAPE, **Case().changes}), dtype=torch.float32
+        ),
+        seed=3,
+    )
+    ids_BT = token_ids()[:, :30]
+    index_BT = torch.tensor([[0] * 7 + [1] * 13 + [5] * 10])
+    documents = Documents(index_BT)
+    assert documents.spans == [(0, 0, 7), (0, 7, 20), (0, 20, 30)]
+    with torch.no_grad():  # by mask
+        masked = model.hidden(ids_BT, documents=documents)
+        alone = torch.cat([model.hidden(ids_BT[:, a:b]) for _, a, b in documents.spans], 1)
+    spans = model.hidden(ids_BT, documents=documents)  # with a gradient, by spans
+    assert spans.requires_grad
+    assert distance(masked, alone) <= TOLERANCE
+    assert distance(spans.detach(), alone) <= TOLERANCE
 
 
 def test_causal_attention_takes_views_and_is_the_training_path() -> None:
