@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from karakoram.config import ModelConfig
-from karakoram.model.backward.grouped import assign, gather, grouped_linear, spread
+from karakoram.model.backward.grouped import PLAIN, assign, combine, grouped_linear, spread
 from karakoram.model.layers import SwiGLU
 from karakoram.model.router import Router
 from karakoram.model.watch import Watch
@@ -38,19 +38,26 @@ class LocalExperts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, I, D, device=device, dtype=dtype))
         self.up_proj = nn.Parameter(torch.empty(E, I, D, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(E, D, I, device=device, dtype=dtype))
+        self.pieces = PLAIN
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """See `ExpertBank.__call__`."""
         to = assign(ids_NK, self.gate_proj.shape[0])
-        x_MD = spread(x_ND, to)
-        gate_MI = grouped_linear(x_MD, self.gate_proj, to.rows_per_expert)
-        inner_MI = F.silu(gate_MI) * grouped_linear(x_MD, self.up_proj, to.rows_per_expert)
-        partial_NKD = gather(grouped_linear(inner_MI, self.down_proj, to.rows_per_expert), to)
-        return self.combine(partial_NKD, weights_NK)
+        x_MD = spread(x_ND, to, self.pieces)
+        if torch.is_grad_enabled():
+            # one product of twice the width, 8 % less time at 512 rows of 256 to 2 · 128; copying both matrices side by
+            # side pays with the many rows of training only
+            both = torch.cat((self.gate_proj, self.up_proj), 1)
+            inner_MI = self.activate(grouped_linear(x_MD, both, to.rows_per_expert))
+        else:
+            gate_MI, up_MI = (grouped_linear(x_MD, w, to.rows_per_expert) for w in (self.gate_proj, self.up_proj))
+            inner_MI = F.silu(gate_MI) * up_MI
+        return combine(grouped_linear(inner_MI, self.down_proj, to.rows_per_expert), weights_NK, to, self.pieces)
 
-    def combine(self, partial_NKD: Tensor, weights_NK: Tensor) -> Tensor:
-        """Weighted sum over the slots k = 0…K-1, in float32, returned in the partials' dtype: [N, D]."""
-        return (partial_NKD.float() * weights_NK[..., None]).sum(1).to(partial_NKD.dtype)
+    def activate(self, both_M2I: Tensor) -> Tensor:
+        """silu(gate) · up of the two side by side: [M, 2·I] -> [M, I]."""
+        gate_MI, up_MI = both_M2I.chunk(2, -1)
+        return F.silu(gate_MI) * up_MI
 
 
 class MixtureOfExperts(nn.Module):

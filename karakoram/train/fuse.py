@@ -14,6 +14,7 @@ import torch
 import torch.fx.experimental._config as shape_settings
 
 from karakoram.model.attention import LatentAttention
+from karakoram.model.backward.grouped import PLAIN, RowPieces
 from karakoram.model.layers import RMSNorm
 from karakoram.model.moe import LocalExperts
 from karakoram.model.router import Router
@@ -37,7 +38,8 @@ def fuse(model: Transformer) -> SliceLoss:
         elif isinstance(module, LatentAttention):
             module.project = _compiled(module.project)
         elif isinstance(module, LocalExperts):
-            module.combine = _compiled(module.combine)
+            module.activate = _compiled(module.activate)
+            module.pieces = RowPieces(*map(_compiled, PLAIN))
     return _compiled(loss_and_gradient)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from karakoram.config import ModelConfig
 from karakoram.model.attention import scaled_attention
 from karakoram.model.backward.causal import BLOCK, causal_attention
-from karakoram.model.backward.grouped import ROUND_TO, Assignment, assign, gather, grouped_linear, spread
+from karakoram.model.backward.grouped import ROUND_TO, Assignment, assign, combine, gather, grouped_linear, spread
 from karakoram.model.documents import Documents
 from karakoram.model.moe import LocalExperts
 from karakoram.model.transformer import Transformer
@@ -152,6 +152,21 @@ def test_spreading_and_gathering_backward(tokens: int) -> None:
     upstream = torch.randn_like(plain)
     (got,), (expected,) = torch.autograd.grad(ours, x, upstream), torch.autograd.grad(plain, x, upstream)
     assert distance(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [19, 400])
+def test_combining_is_gathering_and_a_weighted_sum(tokens: int) -> None:
+    """The same sum, and both gradients; rows that only fill up get none."""
+    ids_NK = choices(tokens, 6, 3, (2,))
+    to = assign(ids_NK, 6)
+    rows, weights = leaves((len(to.order_M), 8), (tokens, 3))
+    ours, plain = combine(rows, weights, to), (gather(rows, to) * weights[..., None]).sum(1)
+    assert torch.equal(ours, plain)
+    upstream = torch.randn_like(plain)
+    got = torch.autograd.grad(ours, (rows, weights), upstream)
+    for a, b in zip(got, torch.autograd.grad(plain, (rows, weights), upstream)):
+        assert distance(a, b) <= TOLERANCE
+    assert not got[0][to.idle].any()
 
 
 def test_grouped_linear_by_finite_differences() -> None:

@@ -8,7 +8,7 @@ the opposite gather; autograd's own index backward would scatter with atomics (1
 Legend: N tokens, K experts per token, S = N·K slots, M ≥ S rows, D hidden, X in, Y out, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Assignment(NamedTuple):
     rows_per_expert: list[int]
     experts_per_token: int
 
+    @property
+    def place_NK(self) -> Tensor:
+        """`place_S` by token and slot."""
+        return self.place_S.view(-1, self.experts_per_token)
+
 
 def assign(ids_NK: Tensor, experts: int) -> Assignment:
     """Expert ids [N, K] -> the rows sorted by expert, ties by token; runs are filled up where there are many rows."""
@@ -52,9 +57,59 @@ def assign(ids_NK: Tensor, experts: int) -> Assignment:
     return Assignment(order_M.clamp_(min=0), place_S, idle, rows_E.tolist(), ids_NK.shape[1])
 
 
-def spread(x_ND: Tensor, to: Assignment) -> Tensor:
+class RowPieces(NamedTuple):
+    """The passes over rows around the products, as plain functions; training puts compiled twins in their place.
+
+    One compiled pass takes a sixth of the plain ones at 16,384 rows of 256: 1.2 ms -> 0.2 ms for `sum_slots`.
+    """
+
+    sum_slots: Callable[[Tensor, Tensor], Tensor]
+    weighted_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weighted_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    row_products: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# The loops over K are written out: a compiler that is not told K (shapes are dynamic) sums row by row, 70 times slower.
+def sum_slots(rows_MD: Tensor, place_NK: Tensor) -> Tensor:
+    """Each token's K rows summed, over k = 0…K-1 in float32: [N, D]."""
+    sum_ND = rows_MD[place_NK[:, 0]].float()
+    for k in range(1, place_NK.shape[1]):
+        sum_ND = sum_ND + rows_MD[place_NK[:, k]].float()
+    return sum_ND.to(rows_MD.dtype)
+
+
+def weighted_sum(rows_MD: Tensor, place_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Each token's K rows times their weights summed, over k = 0…K-1 in float32: [N, D]."""
+    sum_ND = rows_MD[place_NK[:, 0]].float() * weights_NK[:, :1]
+    for k in range(1, place_NK.shape[1]):
+        sum_ND = sum_ND + rows_MD[place_NK[:, k]].float() * weights_NK[:, k : k + 1]
+    return sum_ND.to(rows_MD.dtype)
+
+
+def weighted_rows(grad_ND: Tensor, weights_NK: Tensor, order_M: Tensor, experts_per_token: int) -> Tensor:
+    """Each row's token's gradient times the row's weight: [M, D]."""
+    row_MD = grad_ND[order_M // experts_per_token].float() * weights_NK.flatten()[order_M][:, None]
+    return row_MD.to(grad_ND.dtype)
+
+
+def row_products(rows_MD: Tensor, place_NK: Tensor, grad_ND: Tensor) -> Tensor:
+    """The inner products of a token's rows with its gradient, float32 [N, K]."""
+    wide_ND = grad_ND.float()
+    slots = range(place_NK.shape[1])
+    return torch.stack([(rows_MD[place_NK[:, k]].float() * wide_ND).sum(-1) for k in slots], 1)
+
+
+PLAIN = RowPieces(sum_slots, weighted_sum, weighted_rows, row_products)
+
+
+def spread(x_ND: Tensor, to: Assignment, pieces: RowPieces = PLAIN) -> Tensor:
     """Copy each token's row to its K experts' runs: [M, D]."""
-    return _Spread.apply(x_ND, to)  # pyright: ignore[reportReturnType]
+    return _Spread.apply(x_ND, to, pieces)  # pyright: ignore[reportReturnType]
+
+
+def combine(sorted_MD: Tensor, weights_NK: Tensor, to: Assignment, pieces: RowPieces = PLAIN) -> Tensor:
+    """Bring the rows back to their tokens and sum them by weight: [N, D]; slots in the router's order, in float32."""
+    return _Combine.apply(sorted_MD, weights_NK, to, pieces)  # pyright: ignore[reportReturnType]
 
 
 def gather(sorted_MD: Tensor, to: Assignment) -> Tensor:
@@ -69,14 +124,13 @@ def grouped_linear(x_MX: Tensor, weight_EYX: Tensor, rows_per_expert: Sequence[i
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, to: Assignment) -> Tensor:
-        ctx.to = to
+    def forward(ctx: Any, x_ND: Tensor, to: Assignment, pieces: RowPieces) -> Tensor:
+        ctx.to, ctx.pieces = to, pieces
         return x_ND.index_select(0, to.order_M // to.experts_per_token)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_NKD = grads[0].index_select(0, ctx.to.place_S).unflatten(0, (-1, ctx.to.experts_per_token))
-        return grad_NKD.sum(1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pieces.sum_slots(grads[0].contiguous(), ctx.to.place_NK), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -89,6 +143,22 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad_MD = grads[0].flatten(0, 1).index_select(0, ctx.to.order_M)
         return grad_MD.index_fill_(0, ctx.to.idle, 0), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sorted_MD: Tensor, weights_NK: Tensor, to: Assignment, pieces: RowPieces) -> Tensor:
+        ctx.save_for_backward(sorted_MD, weights_NK)
+        ctx.to, ctx.pieces = to, pieces
+        return pieces.weighted_sum(sorted_MD, to.place_NK, weights_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (sorted_MD, weights_NK), to = ctx.saved_tensors, ctx.to
+        grad_ND = grads[0].contiguous()
+        grad_MD = ctx.pieces.weighted_rows(grad_ND, weights_NK, to.order_M, to.experts_per_token)
+        grad_weights_NK = ctx.pieces.row_products(sorted_MD, to.place_NK, grad_ND)
+        return grad_MD.index_fill_(0, to.idle, 0), grad_weights_NK.to(weights_NK.dtype), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What a model costs, from its `config.json` alone: parameters, bytes, FLOPs. Pure arithmetic, no torch.
+"""A model's parameters, its stored bytes, and the FLOPs of a token.
 
 A model is listed as rows of equal matrices and vectors (`Matrix`); every number below is a sum over those rows, so the
 sums cannot disagree with one another. *Active* parameters are those one token multiplies with. The family's published
