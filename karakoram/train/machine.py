@@ -1,8 +1,11 @@
-"""What a CPU must be told before training on it: threads, memory that is kept, and the dtype it multiplies faster."""
+"""The machine under a run: memory that is kept, the dtype it multiplies faster, its limit, and its signals."""
 
 import ctypes
+import signal
 import sys
+import threading
 import time
+from typing import Any
 
 import torch
 
@@ -34,3 +37,40 @@ def _seconds(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> float:
         _ = x @ weight.t(), y @ weight, y.t() @ x
         times.append(time.perf_counter() - began)
     return min(times)  # what else runs on the machine only adds
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """What one large square product reaches here, best of five: the limit that MFU is a share of."""
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
+
+
+class StopOnSignal:
+    """While active, Ctrl-C or SIGTERM asks to stop after the step (half a step would spoil the masters).
+
+    A second Ctrl-C stops at once. Python lets only the main thread handle signals; in another one nothing changes.
+    """
+
+    asked = False
+
+    def __enter__(self) -> "StopOnSignal":
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,12 +1,30 @@
-"""What a run says of itself: a line of JSON per step in metrics.jsonl, and a progress bar."""
+"""What a run says of itself: a line of JSON per step, what happened besides, a progress bar, and other people's sinks.
+
+OUT/metrics.jsonl   one line per step
+OUT/events.jsonl    batches that were skipped, rollbacks, checkpoints, resumes: {"step": …, "event": …, …}
+"""
 
 import json
+import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class Sink(Protocol):
+    """Where numbers go besides the files: see `sinks.py`."""
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """The numbers of a step, by slash-separated names."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
 
 
 class Metrics:
@@ -16,9 +34,18 @@ class Metrics:
     killed run had gone on after its last checkpoint, and goes over those steps again.
     """
 
-    def __init__(self, path: Path, elapsed_before_s: float, quiet: bool = False, steps_before: int = 0) -> None:
-        _keep_up_to(path, steps_before)
-        self._file = path.open("a", buffering=1)
+    def __init__(
+        self,
+        out: Path,
+        elapsed_before_s: float,
+        quiet: bool = False,
+        steps_before: int = 0,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.out, self.sinks = out, sinks
+        self._file = (out / "metrics.jsonl").open("a", buffering=1)
+        self._events = (out / "events.jsonl").open("a", buffering=1)
+        self.back_to(steps_before)
         self._start = time.monotonic() - elapsed_before_s
         self._progress = Progress(
             TextColumn("step {task.fields[step]:,}"),
@@ -40,6 +67,9 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._file.close()
+        self._events.close()
+        for sink in self.sinks:
+            sink.close()
 
     @property
     def elapsed_s(self) -> float:
@@ -48,26 +78,54 @@ class Metrics:
 
     def step(self, progress: float, line: dict[str, Any]) -> None:
         """Record one step; `line` has at least step, loss, tokens_per_s."""
-        self._file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        self._file.write(json.dumps(_rounded(line)) + "\n")
         loss = line["loss"]
-        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        if math.isfinite(loss):
+            self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         self._progress.update(
             self._bar, completed=progress, step=line["step"], loss=self._smooth, speed=line["tokens_per_s"]
         )
+        for sink in self.sinks:
+            sink.log(line["step"], _scalars(line))
+
+    def event(self, step: int, event: str, say: bool = True, **details: Any) -> None:
+        """Record what happened; `say` shows it above the progress bar, too."""
+        self._events.write(json.dumps({"step": step, "event": event} | _rounded(details)) + "\n")
+        if say:
+            told = ", ".join(f"{name} {value}" for name, value in details.items())
+            self._progress.console.print(f"step {step:,}: {event}{': ' + told if told else ''}", highlight=False)
+
+    def back_to(self, steps: int) -> None:
+        """Drop the lines of later steps: the run goes over them again."""
+        path = self.out / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= steps]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, path)
+        self._file.close()
+        self._file = path.open("a", buffering=1)
 
 
-def _keep_up_to(path: Path, steps: int) -> None:
-    if not path.is_file():
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    with path.open() as before, partial.open("w") as after:
-        after.writelines(line for line in before if 0 < _step_of(line) <= steps)
-    os.replace(partial, path)
-
-
-def _step_of(line: str) -> int:
-    """The step of a line; 0 for one that was cut off."""
+def _step(line: str) -> float:
     try:
-        return int(json.loads(line)["step"])
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return 0
+        return float("inf")  # the torn last line of a run that was killed
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(name): _rounded(inner) for name, inner in value.items()}
+    return value
+
+
+def _scalars(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            found |= _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = float(value)
+    return found

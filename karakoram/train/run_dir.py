@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from karakoram.errors import TrainingError
+from karakoram.train.checkpoints.find import newest
 from karakoram.train.config import TrainConfig
-from karakoram.train.resume import newest
 
 SETTINGS_FILE = "run.json"
 LOCK_FILE = ".lock"
-_MAY_DIFFER = ("checkpoint_minutes",)  # changes no number that is trained
+_MAY_DIFFER = ("checkpoints", "held_out_steps")  # change no number that is trained
 
 
 def settings_of(config: TrainConfig, **others: Any) -> dict[str, Any]:

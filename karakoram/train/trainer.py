@@ -1,43 +1,63 @@
-"""The training loop: batch, loss, gradients, MuonClip, balance, publish; small enough to read in one go.
+"""The training loop: batch, loss, gradients, guard, MuonClip, balance, publish; small enough to read in one go.
 
 Masters in float32 are what is trained; the model holds what they are published as (bfloat16, and int4 points for the
-routed experts towards the end). A run is its configuration, its batches and its out directory: stop it with Ctrl-C, and
-`resume` goes on with the next batch as if nothing had been.
+routed experts towards the end). A run is its configuration, its batches and its out directory: stop it with Ctrl-C or
+SIGTERM, or kill it, and `resume` goes on from the newest checkpoint with the very numbers that would have come.
+
+    OUT/run.json            the settings            OUT/checkpoints/step-N/   the newest few
+    OUT/metrics.jsonl       a line per step         OUT/model/                the finished model, HF layout
+    OUT/events.jsonl        skips, rollbacks, …
 """
 
-import signal
-import threading
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from karakoram.distributed.collectives import gradient_norm, share
+from karakoram.distributed.fsdp import gather_anew, split
+from karakoram.distributed.layout import local
+from karakoram.distributed.mesh import Alone, Ranks
 from karakoram.errors import TrainingError
+from karakoram.model.cost import flops_per_token
+from karakoram.model.documents import Documents
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
-from karakoram.train import resume as saved
-from karakoram.train.balance import balance
+from karakoram.train import balance
+from karakoram.train.checkpoints.export import write_model
+from karakoram.train.checkpoints.run import Checkpoints
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.fuse import fuse
-from karakoram.train.initialize import initialize
+from karakoram.train.guard import Guard
+from karakoram.train.initialize import biases_of, copy_weights, initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
+from karakoram.train.machine import StopOnSignal, matmul_flops_per_s
 from karakoram.train.masters import Masters
-from karakoram.train.metrics import Metrics
-from karakoram.train.optim.adamw import AdamW
-from karakoram.train.optim.muon import Muon
+from karakoram.train.metrics import Metrics, Sink
+from karakoram.train.optim.assign import optimizers
 from karakoram.train.optim.qk_clip import qk_clip
-from karakoram.train.optim.schedule import rate_share
+from karakoram.train.optim.schedule import decay_share, rate_share
 from karakoram.train.run_dir import open_run, settings_of
+
+EXPENSIVE_EVERY = 10  # steps between the numbers that cost a pass over the weights: update RMS, entropy, loads
+LOADS_EVERY = 50
 
 
 class BatchSource(Protocol):
-    """Batches by number, the same for the same number."""
+    """Batches by number, the same for the same number; `rank` of `world` gets its own rows of it."""
 
-    def __getitem__(self, number: int) -> Batch: ...
+    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        """Number counts from 0."""
+        ...
+
+
+Objective = Callable[[Transformer, Tensor, Batch, Tensor], Tensor]
+"""(model, normed hidden states [N, D], batch, weights [N] that sum to 1 over the step) -> scalar loss."""
 
 
 def train(
@@ -49,13 +69,15 @@ def train(
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = True,
     quiet: bool = False,
+    **more: Any,
 ) -> Path:
     """A run from its beginning, or with `resume` from its newest checkpoint; returns the finished model's directory.
 
     Raises TrainingError where `out_dir` holds another run (see `open_run`), and after Ctrl-C, when all is saved.
+    `more` goes to `Trainer`.
     """
     with open_run(out_dir, settings_of(config, dtype=str(dtype)), resume):
-        trainer = Trainer(config, data, out_dir, files or {}, dtype, compiled)
+        trainer = Trainer(config, data, out_dir, files or {}, dtype, compiled, **more)
         if resume:
             trainer.resume()
         return trainer.run(quiet)
@@ -64,8 +86,12 @@ def train(
 class Trainer:
     """Everything of a run in memory; who makes one holds the directory by `open_run`.
 
-    files     written into every checkpoint: the tokenizer and the like
-    compiled  let torch.compile fuse the small pieces where it can (about a minute at the first step)
+    files      written into every checkpoint: the tokenizer and the like
+    compiled   let torch.compile fuse the small pieces where it can (about a minute at the first step)
+    model      instead of fresh weights: already loaded, perhaps with parts that ask for no gradient
+    held_out   batches on which the loss is measured and nothing learned
+    objective  instead of cross-entropy
+    ranks      the others that train with this one (`distributed/mesh.py`), each with a Trainer like this
     """
 
     def __init__(
@@ -76,46 +102,58 @@ class Trainer:
         files: Mapping[str, bytes],
         dtype: torch.dtype = torch.bfloat16,
         compiled: bool = True,
+        model: Transformer | None = None,
+        held_out: Sequence[Batch] = (),
+        objective: Objective | None = None,
+        sinks: Sequence[Sink] = (),
+        ranks: Alone | Ranks | None = None,
     ) -> None:
         self.config, self.batches, self.out, self.files, self.compiled = config, batches, out, files, compiled
-        self.model = initialize(Transformer(config.model, dtype=dtype), config.seed)
+        self.held_out, self.objective, self.sinks = held_out, objective, sinks
+        self.ranks = ranks or Alone()
+        self.model = model or initialize(Transformer(config.model, dtype=dtype), config.seed).to(self.ranks.device)
+        self.layouts = split(self.model, self.ranks)
         self.masters = Masters(self.model)
-        matrices = {n: w for n, w in self.masters.weights.items() if _is_matrix(n, w)}
-        others = {n: w for n, w in self.masters.weights.items() if n not in matrices}
-        self.muon = Muon(matrices, config.weight_decay)
-        self.adamw = AdamW(others, config.weight_decay)
-        self.biases = {  # by layer: model.layers.L.mlp.gate.e_score_correction_bias
-            int(name.split(".")[2]): bias
-            for name, bias in self.model.named_buffers()
-            if name.endswith("e_score_correction_bias")
-        }
-        self.watch = Watch(config.qk_clip_threshold)
-        self.step, self.saved_step = 0, -1
-        self.elapsed_s = 0.0
+        self.muon, self.adamw = optimizers(self.masters.weights, config, self.layouts, self.ranks)
+        self.biases = biases_of(self.model)
+        self.watch = Watch(
+            config.optimizer.qk_clip_threshold,
+            margins=config.balance.rule == "quantile",
+            sequence_loss=config.balance.sequence_loss > 0,
+        )
+        self.loads = balance.Loads(config.balance.window)
+        self.guard = Guard(config.guard)
+        self.step, self.tokens, self.position, self.elapsed_s = 0, 0, 0, 0.0
         self.slice_loss = loss_and_gradient
+        self.peak_flops_per_s = math.nan
+        self.checkpoints = Checkpoints(out, config.checkpoints)
+
+    # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, quiet: bool = False) -> Path:
         """Train to the end; returns the finished model's directory. Ctrl-C saves and raises TrainingError."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.compiled and self.progress < 1:
-            self.slice_loss = fuse(self.model)
-        stop = _StopOnInterrupt()
+        self._prepare()
         last_saved_s = self.elapsed_s
-        with Metrics(self.out / "metrics.jsonl", self.elapsed_s, quiet, self.step) as metrics, stop:
-            while self.progress < 1 and not stop.asked:
-                line = self.train_step(self.batches[self.step])
-                self.elapsed_s = metrics.elapsed_s
+        sinks = self.sinks if self.ranks.is_main else ()
+        metrics = Metrics(self._told_in(), self.elapsed_s, quiet or not self.ranks.is_main, self.step, sinks)
+        with self.ranks.together(), metrics, StopOnSignal() as stop:
+            while self.progress < 1 and not self.ranks.any(stop.asked):
+                line = self.train_step(self.next_batch(), metrics)
+                self.elapsed_s = self._agreed_s(metrics.elapsed_s)
                 metrics.step(self.progress, line)
-                if self.elapsed_s - last_saved_s > 60 * self.config.checkpoint_minutes:
+                if self.guard.wants_rollback:
+                    self.roll_back(metrics)
+                if self.elapsed_s - last_saved_s > 60 * self.config.checkpoints.minutes:
                     self.save()
                     last_saved_s = self.elapsed_s
-            self.save()
-        if self.progress < 1:
-            raise TrainingError(
-                f"Training was stopped at step {self.step}; everything is saved in {self.out}.",
-                "Go on with the same command and --resume.",
-            )
-        return self.finish()
+            self.save(wait=True)
+            if self.progress < 1:
+                raise TrainingError(
+                    f"Training was stopped at step {self.step}; everything is saved in {self.out}.",
+                    "Go on with the same command and --resume.",
+                )
+            return self.finish()
 
     @property
     def finished(self) -> Path | None:
@@ -125,157 +163,287 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, by steps or by time, whichever is further."""
-        by_time = self.elapsed_s / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return min(1.0, max(self.step / self.config.steps, by_time))
+        """Share of the run that is done, by steps, tokens or time, whichever is furthest."""
+        c = self.config
+        by_tokens = self.tokens / c.tokens if c.tokens else 0.0
+        by_time = self.elapsed_s / (60 * c.minutes) if c.minutes else 0.0
+        return min(1.0, max(self.step / c.steps, by_tokens, by_time))
 
-    def train_step(self, batch: Batch) -> dict[str, float | int]:
-        """One optimizer step on one batch; returns the step's line of metrics."""
+    def train_step(self, batch: Batch, metrics: Metrics | None = None) -> dict[str, Any]:
+        """One optimizer step on one batch, or none where the guard refuses it; returns the step's line of metrics."""
         began, c = time.monotonic(), self.config
         self.masters.int4_experts = c.int4_from <= self.progress
-        self.watch.reset()
-        share = rate_share(self.step, c.warmup_steps, self.progress, c.decay_from)
-        read_share = max(c.read_floor, rate_share(self.step, 0, self.progress, c.decay_from))
-        loss = self.backward(batch, read_share)
+        share = rate_share(c.schedule, self.step, self.tokens, self.progress)
+        loss = self.backward(batch, max(c.schedule.read_floor, decay_share(c.schedule, self.progress)))
         gradients = self.masters.gradients()
-        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
-        if not (norm < float("inf")):
-            raise TrainingError(
-                f"The gradient became {norm} at step {self.step}.",
-                f"Begin again with a lower learning rate or another seed; checkpoints in {self.out} are from before.",
-            )
-        scale = min(1.0, c.clip_norm / (norm + 1e-6))
-        self.muon.step(gradients, c.learning_rate * share, scale)
-        self.adamw.step(gradients, c.adamw_learning_rate * share, scale)
-        clipped = qk_clip(self.masters.weights, self.watch.max_logits, c.model, c.qk_clip_threshold)
-        violation = balance(self.biases, self.watch.loads, c.balance_rate * min(1.0, share * 2))
+        norm = gradient_norm(gradients, self.ranks)
+        refused = self.guard.judge(loss, norm)
+        line: dict[str, Any] = {"step": self.step + 1, "loss": loss, "rate_share": share, "gradient_norm": norm}
+        if refused is None:
+            line |= self.update(gradients, share, norm)
+        else:
+            line["skipped"] = True
+            if metrics is not None:
+                metrics.event(self.step + 1, "batch skipped", batch=self.position, reason=refused)
+        self.masters.forget_gradients()
+        self.step, self.position = self.step + 1, self.position + 1
+        tokens = self._everywhere(batch.token_ids.numel())
+        self.tokens += tokens
+        if self.held_out and self.step % c.held_out_steps == 0:
+            line["held_out_loss"] = self.held_out_loss()
+        return line | self._speed(tokens, batch.token_ids.shape[1], time.monotonic() - began)
+
+    def update(self, gradients: Mapping[str, Tensor], share: float, norm: float) -> dict[str, Any]:
+        """MuonClip, balance, publish; returns what there is to tell."""
+        o, masters = self.config.optimizer, self.masters.weights
+        scale = min(1.0, o.clip_norm / (norm + 1e-6))
+        rate = o.learning_rate * share
+        self.muon.step(gradients, rate, scale)
+        self.adamw.step(gradients, share * (o.adamw_learning_rate or o.learning_rate), scale)
+        clipped = qk_clip(masters, self.watch.max_logits, self.config.model, o.qk_clip_threshold, self.rows)
+        self._balance(share)
+        gather_anew(self.model)
         self.masters.publish()
-        self.step += 1
-        tokens, seconds = batch.token_ids.numel(), time.monotonic() - began
-        return {
-            "step": self.step, "loss": loss, "rate_share": share, "gradient_norm": norm, "tokens": tokens,
-            "tokens_per_s": tokens / seconds, "max_vio": violation, "clipped_heads": clipped,
-            "max_logit": float(max((m.max() for m in self.watch.max_logits.values()), default=0.0)),
-            "elapsed_s": self.elapsed_s + seconds,
-        }  # fmt: skip
+        return {"learning_rate": rate, "clip_norm_share": scale} | self._told(clipped)
 
     def backward(self, batch: Batch, read_share: float = 1.0) -> float:
-        """Mean weighted loss of a batch; gradients are left in the model.
+        """Mean weighted loss of a batch; gradients are left in the model, or in the masters' sums.
 
         read_share  multiplies the weights below 1: what the model reads and need not write
         """
-        self.model.zero_grad(set_to_none=True)
-        x_ND = self.model.hidden(batch.token_ids, watch=self.watch).flatten(0, 1)
-        head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
-        weights_N = batch.weights.flatten()
+        self.masters.forget_gradients()
+        self.watch.reset()
+        weights_BT = batch.weights
         if read_share < 1:
-            weights_N = torch.where(weights_N < 1, weights_N * read_share, weights_N)
-        weights_N = weights_N / weights_N.sum().clamp_min(1e-6)  # a batch may hold nothing to learn
-        loss = head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
-        loss.backward()
-        return loss.detach().item()
+            weights_BT = torch.where(weights_BT < 1, weights_BT * read_share, weights_BT)
+        weight = self.ranks.sum_(weights_BT.sum())
+        weights_BT = weights_BT / weight.clamp_min(1e-6)  # a batch may hold nothing to learn
+        total, pieces = 0.0, self._micro_batches(batch._replace(weights=weights_BT))
+        sequences = self._everywhere(len(batch.token_ids)) if self.watch.sequence_loss else 1
+        for number, piece in enumerate(pieces):
+            self.watch.recording = True
+            loss = self.loss(piece)
+            total += loss.detach().item()
+            if self.watch.balance_loss is not None:
+                loss = loss + self.config.balance.sequence_loss / sequences * self.watch.balance_loss
+                self.watch.balance_loss = None
+            self.watch.recording = False  # a pass that is repeated for the backward was seen already
+            loss.backward()
+            if number < len(pieces) - 1:
+                self.masters.accumulate()
+        share(self.watch, self.ranks)
+        return float(self.ranks.sum_(torch.tensor(total, dtype=torch.float64, device=self.ranks.device)))
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, if there is none yet, and forget all but the newest two."""
-        if self.step == self.saved_step:
+    def loss(self, batch: Batch, watch: bool = True) -> Tensor:
+        """Σ weight · loss of a batch's tokens, differentiable."""
+        documents = None if batch.documents is None else Documents(batch.documents)
+        seen = self.watch if watch else None
+        x_ND = self.model.hidden(batch.token_ids, watch=seen, documents=documents).flatten(0, 1)
+        weights_N = batch.weights.flatten()
+        if self.objective is not None:
+            return self.objective(self.model, x_ND, batch, weights_N)
+        head = self.model.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
+        return head_loss(x_ND, head.weight, batch.targets.flatten(), weights_N, self.slice_loss)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean weighted cross-entropy over the held-out batches."""
+        total = weight = 0.0
+        for batch in self.held_out:
+            weight += float(batch.weights.sum())
+            total += float(self.loss(batch, watch=False))
+        return total / max(weight, 1e-6)
+
+    # ------------------------------------------------------------------------------------------------ its parts
+
+    def _prepare(self) -> None:
+        if self.progress >= 1:
             return
-        state = self._trained() | {f"adamw/{n}": t for n, t in self.adamw.state().items()}
-        counters = {
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "seed": self.config.seed,
-            "int4_experts": self.masters.int4_experts,
-        }
-        path = self.out / f"step-{self.step}"
-        saved.save_checkpoint(path, self.model, self.config.model, self.files, state, counters)
-        self.saved_step = self.step
+        if self.compiled:
+            self.slice_loss = fuse(self.model)
+        self.peak_flops_per_s = matmul_flops_per_s(self.model.dtype, self.model.device)
+
+    def next_batch(self) -> Batch:
+        """This rank's rows of the batch that comes next, on its device."""
+        batch = self.batches.batch(self.position, self.ranks.rank, self.ranks.world)
+        return batch.map(lambda rows: rows.to(self.ranks.device))
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """Pieces of rows of at most `micro_tokens`: as many on every rank, since ranks run their passes together."""
+        rows, micro = len(batch.token_ids), self.config.batch.micro_tokens
+        wanted = 1 if micro is None else math.ceil(rows / max(1, micro // batch.token_ids.shape[1]))
+        if self.ranks.world > 1:
+            most = torch.tensor([wanted, -rows], device=self.ranks.device)
+            wanted, rows = (int(number) for number in self.ranks.max_(most) * torch.tensor([1, -1]))
+            if not rows:
+                raise TrainingError(
+                    f"Batch {self.position} has fewer rows than the {self.ranks.world} ranks.",
+                    "Give it more tokens (batch.tokens_per_step), or train on fewer ranks.",
+                )
+        count = min(wanted, rows)
+        if count == 1:
+            return [batch]
+        return [batch.map(lambda rows, n=n: rows.tensor_split(count)[n]) for n in range(count)]
+
+    @property
+    def rows(self) -> dict[str, slice]:
+        """Which rows of each weight this rank holds."""
+        return {name: layout.rows for name, layout in self.layouts.items()}
+
+    def _everywhere(self, number: int) -> int:
+        return int(self.ranks.sum_(torch.tensor(number, device=self.ranks.device)))
+
+    def _agreed_s(self, seconds: float) -> float:
+        """The longest of the ranks' times: schedules and ends by time must be the same for all."""
+        return float(self.ranks.max_(torch.tensor(seconds, dtype=torch.float64, device=self.ranks.device)))
+
+    def _told_in(self) -> Path:
+        """Where this rank's metrics go: the first one's are the run's, the others' are for looking after trouble."""
+        if self.ranks.is_main:
+            return self.out
+        path = self.out / "ranks" / str(self.ranks.rank)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _balance(self, share: float) -> None:
+        b = self.config.balance
+        if b.rule == "none" or self.progress >= b.freeze_from:
+            return
+        if b.rule == "sign":
+            balance.sign_step(self.biases, self.watch.loads, b.rate * min(1.0, share * 2))
+        else:
+            balance.quantile_step(self.biases, self.watch.margin_counts, self.config.model.num_experts_per_tok)
+
+    def _told(self, clipped: int) -> dict[str, Any]:
+        logits = {layer: float(largest_H.max()) for layer, largest_H in self.watch.max_logits.items()}
+        heads = len(logits) * self.config.model.num_attention_heads
+        self.loads.add(self.watch.loads)
+        line: dict[str, Any] = {
+            "max_logit": max(logits.values(), default=0.0), "max_logit_by_layer": logits,
+            "clipped_heads": clipped, "clip_fraction": clipped / max(1, heads),
+            "max_vio": max((balance.max_vio(load_E) for load_E in self.watch.loads.values()), default=0.0),
+            "max_vio_global": self.loads.max_vio, "dead_experts": self.loads.dead,
+        }  # fmt: skip
+        if self.step % EXPENSIVE_EVERY == 0:
+            line["load_entropy"] = self.loads.entropy
+        if self.step % LOADS_EVERY == 0:
+            line["loads"] = {layer: load_E.tolist() for layer, load_E in self.loads.total.items()}
+        return line
+
+    def _speed(self, tokens: int, row_tokens: int, seconds: float) -> dict[str, Any]:
+        # a token attends to half of its row in the mean; a training step costs three forward passes
+        flops = 3 * flops_per_token(self.config.model, row_tokens // 2, absorbed=False)
+        per_s = tokens / seconds
+        speed = {"tokens": self.tokens, "tokens_per_s": per_s, "elapsed_s": self.elapsed_s + seconds}
+        peak = self.peak_flops_per_s * self.ranks.world
+        return speed if math.isnan(peak) else speed | {"mfu": per_s * flops / peak}
+
+    # ------------------------------------------------------------------------------------------------ what lasts
+
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of this step, if there is none yet; `wait` until it is on the disk.
+
+        The tensors are copied and written beside the training that goes on. Raises TrainingError where this or the
+        save before it fails: checkpoints from before are untouched.
+        """
+        if self.step != self.checkpoints.saved_step:
+            self.checkpoints.save(self.step, self._tensors(), self._counters(), self._export)
+        if wait:
+            self.checkpoints.wait()
 
     def resume(self) -> None:
         """Go back to the newest checkpoint in the out directory.
 
         Raises TrainingError where there is none, or where it is damaged or of another run.
         """
-        path = saved.newest(self.out)
+        path = self.checkpoints.newest()
         if path is None:
             raise TrainingError(f"There is no checkpoint to resume in {self.out}.", "Leave out --resume to begin anew.")
-        state, counters = saved.load_state(saved.state_dir(path))
-        self._check_state(path, state, counters)
-        for name, tensor in self._trained().items():
-            tensor.copy_(state[name])
-        self.adamw.load({name.removeprefix("adamw/"): t for name, t in state.items() if name.startswith("adamw/")})
-        self.step, self.saved_step, self.elapsed_s = counters["step"], counters["step"], counters["elapsed_s"]
-        # as the last step published them: at the very step where int4 begins, progress alone would say it too early
-        self.masters.int4_experts = counters.get("int4_experts", self.config.int4_from <= self.progress)
-        self.masters.publish()
-
-    def start_from(self, run: Path) -> None:
-        """Begin with the weights and balance of another run's newest checkpoint; steps, time and momenta begin anew.
-
-        Raises TrainingError where there is none, or where it is damaged or of another model.
-        """
-        path = saved.newest(run)
-        if path is None:
-            raise TrainingError(f"There is no checkpoint to start from in {run}.", "Let that run finish first.")
-        state, counters = saved.load_state(saved.state_dir(path))
-        self._check_state(path, state, counters | {"seed": self.config.seed})
-        for name, tensor in self._trained().items():
-            if not name.startswith("muon/"):
-                tensor.copy_(state[name])
-        self.masters.int4_experts = self.config.int4_from <= 0
-        self.masters.publish()
-
-    def _trained(self) -> dict[str, Tensor]:
-        """What training moves, by its name in a saved state; AdamW's moments apart: they begin with a step."""
-        state = {f"masters/{n}": t for n, t in self.masters.weights.items()}
-        state |= {f"muon/{n}": t for n, t in self.muon.state().items()}
-        return state | {f"bias/{n}": t for n, t in self.biases.items()}
-
-    def _check_state(self, path: Path, state: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        counters = self.checkpoints.read(path)
         if counters["seed"] != self.config.seed:
             raise TrainingError(
                 f"{path} was trained with seed {counters['seed']}, this run has seed {self.config.seed}.",
                 f"Resume with --seed {counters['seed']}.",
             )
-        expected = self._trained()
-        others = {n: t for n, t in state.items() if not n.startswith("adamw/")}
-        wrong = sorted({*expected} ^ {*others}) or [n for n, t in expected.items() if t.shape != others[n].shape]
-        if wrong:
+        self.checkpoints.load(path, self._tensors())
+        self._go_on_from(counters)
+
+    def roll_back(self, metrics: Metrics) -> None:
+        """The newest checkpoint's weights, the batches that come next: what followed was spoilt.
+
+        Raises TrainingError where there is no checkpoint, or where it has been tried too often.
+        """
+        self.checkpoints.wait()
+        path, at, position = self.checkpoints.newest(), self.step, self.position
+        if path is None or self.guard.rollbacks >= self.config.guard.rollbacks:
+            tried = "nothing was saved yet" if path is None else f"{self.guard.rollbacks} rollbacks did not help"
             raise TrainingError(
-                f"The state of {path} is of another model: {len(wrong)} tensors differ, the first is {wrong[0]}.",
-                "Resume with the configuration that the run was started with.",
+                f"{self.guard.skipped_in_a_row} batches in a row up to step {at} were refused, and {tried}.",
+                f"See {self.out / 'events.jsonl'} for the reasons; begin again with a lower learning rate, "
+                "or look at the data.",
             )
+        guard, elapsed_s = self.guard, self.elapsed_s
+        counters = self.checkpoints.read(path)
+        self.checkpoints.load(path, self._tensors())
+        self._go_on_from(counters)
+        self.guard, self.position, self.elapsed_s = guard, position, elapsed_s
+        guard.rolled_back()
+        self.loads = balance.Loads(self.config.balance.window)
+        metrics.event(at, "rolled back", to=self.step, next_batch=position)
+
+    def start_from(self, model_dir: Path) -> None:
+        """Begin with the weights and balance of a model in HF layout; steps, time and momenta begin anew.
+
+        Raises TrainingError where it is a model of another shape.
+        """
+        copy_weights(model_dir, self.masters, self.biases, self.rows)
+        self.masters.int4_experts = self.config.int4_from <= 0
+        self.masters.publish()
 
     def finish(self) -> Path:
         """Write the finished model to OUT/model: routed experts int4 if they were trained so."""
-        path = self.out / "model"
         self.masters.int4_experts = self.config.int4_from < 1
         self.masters.publish()
-        saved.save_model(self.model, self.config.model, path, self.files, int4=self.masters.int4_experts)
+        path, state = self.out / "model", self._whole_state()
+        if self.ranks.is_main:
+            write_model(state, self.config.model, path, self.files, int4=self.masters.int4_experts)
+        self.ranks.barrier()
         return path
 
+    def _whole_state(self) -> dict[str, Tensor]:
+        """The model's tensors by name, whole on every rank."""
+        state = dict(self.model.state_dict())
+        for name, layout in self.layouts.items():
+            if self.ranks.world > 1 and name in state:
+                state[name] = layout.whole(local(state[name])).full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+        return state
 
-class _StopOnInterrupt:
-    """While active, Ctrl-C asks to stop after the step (half a step would spoil the masters), a second one at once.
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training moves, by its name in a saved state."""
+        state = {f"masters/{n}": self.layouts[n].whole(t) for n, t in self.masters.weights.items()}
+        state |= {f"muon/{n}": self.layouts[n].whole(t) for n, t in self.muon.state().items()}
+        for name, tensor in self.adamw.state().items():
+            weight = name.rsplit("/", 1)[0]
+            state[f"adamw/{name}"] = self.layouts[weight].whole(tensor) if tensor.ndim else tensor
+        return state | {f"bias/{n}": t for n, t in self.biases.items()}
 
-    Python lets only the main thread handle signals; in another one nothing changes.
-    """
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "tokens": self.tokens, "position": self.position, "elapsed_s": self.elapsed_s,
+            "seed": self.config.seed, "int4_experts": self.masters.int4_experts, "guard": self.guard.state(),
+            "data": state_of(self.position) if (state_of := getattr(self.batches, "state", None)) else {},
+        }  # fmt: skip
 
-    asked = False
+    def _go_on_from(self, counters: Mapping[str, Any]) -> None:
+        self.step, self.tokens, self.position = counters["step"], counters["tokens"], counters["position"]
+        self.elapsed_s = counters["elapsed_s"]
+        if load := getattr(self.batches, "load", None):
+            load(counters["data"])  # refuses data that changed
+        self.guard.load(counters["guard"])
+        # as the last step published them: at the very step where int4 begins, progress alone would say it too early
+        self.masters.int4_experts = counters["int4_experts"]
+        self.masters.publish()
 
-    def __enter__(self) -> None:
-        self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def _is_matrix(name: str, weight: Tensor) -> bool:
-    return weight.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
+    def _export(self, path: Path) -> None:
+        if self.config.checkpoints.export and self.ranks.world == 1:  # over ranks, nobody holds the whole model
+            write_model(self.model.state_dict(), self.config.model, path / "hf", self.files, int4=False)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from karakoram.errors import TrainingError
+from karakoram.train.checkpoints.find import STATE_FILE, path_of
+from karakoram.train.config import CheckpointConfig, OptimizerConfig
 from karakoram.train.run_dir import open_run, recorded_settings, settings_of
 from tests.train import tiny
 
@@ -15,9 +17,9 @@ CONFIG = tiny.train_config()
 
 def _checkpoint(out: Path, step: int = 7) -> None:
     """What `newest` takes for a whole checkpoint."""
-    (out / f"step-{step}.state").mkdir(parents=True)
-    (out / f"step-{step}").mkdir()
-    (out / f"step-{step}/config.json").write_text("{}")
+    path = path_of(out, step)
+    path.mkdir(parents=True)
+    (path / STATE_FILE).write_text("{}")
 
 
 def _started(out: Path) -> None:
@@ -42,20 +44,26 @@ def test_settings_are_written_down_and_the_same_ones_resume(tmp_path: Path) -> N
     _started(tmp_path)
     recorded = recorded_settings(tmp_path)
     assert (recorded["seed"], recorded["dtype"], recorded["model"]["hidden_size"]) == (0, "bfloat16", 64)
-    with open_run(tmp_path, settings_of(replace(CONFIG, checkpoint_minutes=1.0), dtype="bfloat16"), resume=True):
+    with open_run(
+        tmp_path, settings_of(replace(CONFIG, checkpoints=CheckpointConfig(minutes=1.0)), dtype="bfloat16"), resume=True
+    ):
         pass  # how often to save is no part of what is trained
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
     _started(tmp_path)
     model = tiny.model_config(n_routed_experts=8)
-    other = replace(CONFIG, seed=3, learning_rate=0.5, model=model)
+    other = replace(CONFIG, seed=3, optimizer=OptimizerConfig(learning_rate=0.5), model=model)
     with (
         pytest.raises(TrainingError, match="other settings") as caught,
         open_run(tmp_path, settings_of(other, dtype="bfloat16"), resume=True),
     ):
         pytest.fail("resumed with other settings")
-    for part in ("seed was 0, now 3", "learning_rate was 0.02, now 0.5", "model.n_routed_experts was 4, now 8"):
+    for part in (
+        "seed was 0, now 3",
+        "optimizer.learning_rate was 0.02, now 0.5",
+        "model.n_routed_experts was 4, now 8",
+    ):
         assert part in caught.value.what
     assert "dtype" not in caught.value.what
     assert recorded_settings(tmp_path)["seed"] == 0, "the first settings stay"
@@ -64,7 +72,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     _started(tmp_path)
     with (
-        pytest.raises(TrainingError, match="already holds a run, up to step-7") as caught,
+        pytest.raises(TrainingError, match="already holds a run, up to step-00000007") as caught,
         open_run(tmp_path, settings_of(CONFIG), resume=False),
     ):
         pytest.fail("began over a run")

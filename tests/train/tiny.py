@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from karakoram.config import ModelConfig
-from karakoram.train.config import TrainConfig
+from karakoram.train.config import (
+    BalanceConfig,
+    CheckpointConfig,
+    GuardConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from karakoram.train.data.batches import Batch
 from karakoram.train.trainer import Trainer
 
@@ -37,10 +44,24 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict({**ModelConfig.preset("nano").to_dict(), **SHAPE, **changes})
 
 
+_PARTS: dict[str, type] = {
+    "optimizer": OptimizerConfig, "schedule": ScheduleConfig, "balance": BalanceConfig, "guard": GuardConfig,
+    "checkpoints": CheckpointConfig,
+}  # fmt: skip
+
+
 def train_config(model: ModelConfig | None = None, **changes: Any) -> TrainConfig:
-    """Thirty steps at rates that a model of this size likes."""
-    settings = {"steps": 30, "warmup_steps": 4, "learning_rate": 2e-2, "adamw_learning_rate": 1e-2, **changes}
-    return TrainConfig(model=model or model_config(), **settings)
+    """Thirty steps at rates that a model of this size likes; a part's field is named `part__field`."""
+    settings = {
+        "steps": 30, "schedule__warmup_steps": 4, "optimizer__learning_rate": 2e-2,
+        "optimizer__adamw_learning_rate": 1e-2, "int4_from": 0.8, **changes,
+    }  # fmt: skip
+    parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+    for name in [name for name in settings if "__" in name]:
+        part, field = name.split("__")
+        parts[part][field] = settings.pop(name)
+    made = {part: _PARTS[part](**fields) for part, fields in parts.items()}
+    return TrainConfig(model=model or model_config(), **made, **settings)
 
 
 class CopyTask:
@@ -48,6 +69,9 @@ class CopyTask:
 
     def __init__(self, rows: int = 32, length: int = 8) -> None:
         self.rows, self.length = rows, length
+
+    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        return self[number].map(lambda rows: rows[rank::world])
 
     def __getitem__(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(number)

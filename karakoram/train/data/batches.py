@@ -7,7 +7,7 @@ percent. A batch is a pure function of the seed and its number, so a resumed run
 would have come next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +24,21 @@ ROUND_TO = 16  # lengths are padded to multiples of this, so that few shapes of 
 
 
 class Batch(NamedTuple):
-    """Inputs and targets int64 [B, T] (a target is the next token), weights float32 [B, T] (0 on padding)."""
+    """Inputs and targets int64 [B, T] (a target is the next token), weights float32 [B, T] (0 on padding).
+
+    documents  int32 [B, T]: which document of its row a token belongs to, where rows hold several; a token attends to
+               its own only, and positions restart at 0 in each
+    """
 
     token_ids: Tensor
     targets: Tensor
     weights: Tensor
+    documents: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed alike: moved, or fewer rows of it."""
+        documents = None if self.documents is None else change(self.documents)
+        return Batch(change(self.token_ids), change(self.targets), change(self.weights), documents)
 
 
 class Batches:
@@ -49,6 +59,10 @@ class Batches:
     def documents(self) -> int:
         """How many documents the cache holds."""
         return len(self.offsets) - 1
+
+    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        """Every `world`-th row of batch `number`, from row `rank` on."""
+        return self[number].map(lambda rows: rows[rank::world])
 
     def __getitem__(self, number: int) -> Batch:
         if number < 0:

@@ -235,9 +235,12 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def tokenizer_config(first_special: int, max_tokens: int) -> dict[str, Any]:
-    """K2's named special tokens at the same offsets, [UNK] and [PAD] last."""
-    names = SPECIALS | {N_SPECIALS - 2: "[UNK]", N_SPECIALS - 1: "[PAD]"}
+def tokenizer_config(
+    first_special: int, max_tokens: int, specials: int = N_SPECIALS, dialect: str = DIALECT
+) -> dict[str, Any]:
+    """K2's named special tokens at the same offsets, as far as there are so many; [UNK] and [PAD] last."""
+    names = {offset: name for offset, name in SPECIALS.items() if offset < specials - 2}
+    names |= {specials - 2: "[UNK]", specials - 1: "[PAD]"}
     added = {
         str(first_special + offset): {
             "content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
@@ -254,7 +257,7 @@ def tokenizer_config(first_special: int, max_tokens: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_tokens,
         "tokenizer_class": "TikTokenTokenizer",
-        "karakoram": {"dialect": DIALECT},
+        "karakoram": {"dialect": dialect},
     }
 
 

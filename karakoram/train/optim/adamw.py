@@ -17,10 +17,23 @@ class AdamW:
 
     def __init__(self, weights: Mapping[str, Tensor], weight_decay: float = 0.1) -> None:
         self.weights = dict(weights)
-        self._optimizer = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=BETAS, weight_decay=weight_decay)
+        self._optimizer = None
+        if self.weights:
+            self._optimizer = torch.optim.AdamW(
+                self.weights.values(), lr=0.0, betas=BETAS, weight_decay=weight_decay, fused=True
+            )
+            # moments from the beginning, where torch makes them at the first step: a checkpoint has a place for them
+            for weight in self.weights.values():
+                self._optimizer.state[weight] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
 
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float = 1.0) -> None:
-        """One update from gradients (any float dtype) multiplied by `scale`."""
+        """One update from gradients (any float dtype) multiplied by `scale`; weights without one keep still."""
+        if self._optimizer is None:
+            return
         for name, weight in self.weights.items():
             weight.grad = gradients[name].float() * scale if name in gradients else None
         for group in self._optimizer.param_groups:
@@ -30,14 +43,24 @@ class AdamW:
             weight.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Both moments and the step count of every weight, by "<weight>/<field>"."""
+        """Both moments and the step count of every weight, by "<weight>/<field>": the tensors that `step` edits."""
+        if self._optimizer is None:
+            return {}
         state = self._optimizer.state
         return {f"{name}/{key}": value for name, weight in self.weights.items() for key, value in state[weight].items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
-        for name, weight in self.weights.items():
-            fields = {
-                key.rsplit("/", 1)[1]: value.clone() for key, value in state.items() if key.rsplit("/", 1)[0] == name
-            }
-            self._optimizer.state[weight] = fields
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def update_rms(self, name: str) -> float:
+        """RMS of the last update of a weight over the learning rate, decay left out."""
+        assert self._optimizer is not None
+        moments = self._optimizer.state[self.weights[name]]
+        step = float(moments["step"])
+        if step == 0:
+            return 0.0
+        mean = moments["exp_avg"] / (1 - BETAS[0] ** step)
+        return float((mean / ((moments["exp_avg_sq"] / (1 - BETAS[1] ** step)).sqrt() + 1e-8)).square().mean().sqrt())

@@ -17,7 +17,11 @@ from karakoram.config import ModelConfig
 
 @torch.no_grad()
 def qk_clip(
-    weights: Mapping[str, Tensor], max_logits: Mapping[int, Tensor], config: ModelConfig, threshold: float
+    weights: Mapping[str, Tensor],
+    max_logits: Mapping[int, Tensor],
+    config: ModelConfig,
+    threshold: float,
+    rows: Mapping[str, slice] | None = None,
 ) -> int:
     """Edit the masters in place from `max_logits` (layer -> float32 [H]); returns how many heads were clipped."""
     clipped = 0

@@ -1,0 +1,184 @@
+"""A recipe: one or more stages, each a configuration and its data, each beginning with the model of the one before.
+
+    OUT/                      a single stage lies here itself
+    OUT/STAGE/                else one directory a stage, as `trainer.py` draws it
+    OUT/model/                the last stage's model
+
+A stage that is finished is not run again, so that a run of hours can be stopped between or within stages and resumed.
+Recipes are functions in `karakoram/recipes/` or in a user's file; `plan` is what `k2 train NAME key=value` can change.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from karakoram.errors import TrainingError
+from karakoram.train.checkpoints.find import newest
+from karakoram.train.config import TrainConfig
+from karakoram.train.data.batches import Batch
+from karakoram.train.machine import faster_dtype, keep_freed_memory
+from karakoram.train.run_dir import open_run, recorded_settings, settings_of
+from karakoram.train.trainer import BatchSource, Objective, Trainer
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and with what a stage's material is made.
+
+    root     the run's directory; out: the stage's own, for token caches and the like
+    before   the model of the stage before, or that the recipe starts from; None: fresh weights
+    """
+
+    root: Path
+    out: Path
+    before: Path | None
+    threads: int
+    quiet: bool
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar for `progress(done, total)`."""
+        columns = (
+            TextColumn(what), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"), TimeRemainingColumn()
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, disable=self.quiet) as progress:
+            task = progress.add_task(what, total=1)
+            yield lambda done, total: progress.update(task, completed=min(done, total), total=total)
+
+    @property
+    def console(self) -> Console:
+        """Standard error, silent in a quiet run."""
+        return Console(stderr=True, quiet=self.quiet)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a stage trains on.
+
+    files      written beside the weights: the tokenizer and the like
+    kind       recorded in run.json beside the configuration: a resumed run must be given the same
+    model      None: as the configuration describes it; else it is made with this, given the dtype
+    """
+
+    batches: BatchSource
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    held_out: Sequence[Batch] = ()
+    kind: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective | None = None
+    model: Callable[[torch.dtype], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """plan: a TrainConfig, or a frozen dataclass whose fields are the stages' TrainConfigs, in order.
+
+    start_from   a model in HF layout that the first stage begins with; None: fresh weights
+    """
+
+    plan: Any
+    material: Callable[[str, TrainConfig, Workplace], Material]
+    start_from: Path | None = None
+
+    def stages(self) -> list[tuple[str, TrainConfig]]:
+        """Names and configurations; a single one has the empty name."""
+        if isinstance(self.plan, TrainConfig):
+            return [("", self.plan)]
+        assert is_dataclass(self.plan)
+        return [(each.name, getattr(self.plan, each.name)) for each in fields(self.plan)]
+
+    def with_plan(self, plan: Any) -> "Recipe":
+        """The same recipe with another plan."""
+        return replace(self, plan=plan)
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    threads: int | None = None,
+    quiet: bool = False,
+    compiled: bool = True,
+    dtype: torch.dtype | None = None,
+    sinks: Sequence[Any] = (),
+) -> Path:
+    """Train all stages and return the finished model's directory.
+
+    Raises TrainingError as `open_run` and `Trainer.run` do; where `out` holds a run already and `resume` is false.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    stages, before = recipe.stages(), recipe.start_from
+    _refuse_mixture(out, stages, resume)
+    place = Workplace(out, out, before, torch.get_num_threads(), quiet)
+    for name, config in stages:
+        place = replace(place, out=out / name if name else out, before=before)
+        before = _run_stage(recipe, name, config, place, resume, compiled, dtype, sinks)
+    if stages[-1][0]:
+        _publish(place.out / "model", out / "model")
+    place.console.print(f"Finished: {out / 'model'}. Talk to it with: k2 chat {out / 'model'}", soft_wrap=True)
+    return out / "model"
+
+
+def _run_stage(
+    recipe: Recipe,
+    name: str,
+    config: TrainConfig,
+    place: Workplace,
+    resume: bool,
+    compiled: bool,
+    dtype: torch.dtype | None,
+    sinks: Sequence[Any],
+) -> Path:
+    going_on = resume and newest(place.out) is not None
+    # a resumed run goes on in the dtype it began with, even if the other one is faster today
+    dtype = (_dtype(recorded_settings(place.out)) if going_on else dtype) or faster_dtype()
+    told = {"stage": name, "dtype": str(dtype).removeprefix("torch.")}
+    material = recipe.material(name, config, place)
+    with open_run(place.out, settings_of(config, **told, **material.kind), going_on):
+        model = None if material.model is None else material.model(dtype)
+        trainer = Trainer(
+            config, material.batches, place.out, material.files, dtype, compiled, model, material.held_out,
+            material.objective, sinks,
+        )  # fmt: skip
+        if going_on:
+            trainer.resume()
+        elif place.before is not None:
+            trainer.start_from(place.before)
+        stage = f"stage {name}" if name else "this run"
+        if trainer.finished:
+            place.console.print(f"{stage.capitalize()} is finished: it ended with step {trainer.step}.")
+        else:
+            place.console.print(f"Training ({stage}) in {told['dtype']}; Ctrl-C saves.")
+        return trainer.finished or trainer.run(place.quiet)
+
+
+def _refuse_mixture(out: Path, stages: Sequence[tuple[str, TrainConfig]], resume: bool) -> None:
+    held = [name for name, _ in stages if newest(out / name if name else out) is not None]
+    if held and not resume:
+        raise TrainingError(
+            f"{out} already holds a run{f', in its stage {held[-1]}' if held[-1] else ''}.",
+            "Go on with it by --resume, or begin another in another directory (--out DIR).",
+        )
+    if resume and not held and not any((out / name / "run.json").is_file() for name, _ in stages):
+        raise TrainingError(f"There is no checkpoint to resume in {out}.", "Leave out --resume to begin anew.")
+
+
+def _publish(found: Path, model_dir: Path) -> None:
+    if (model_dir / "config.json").is_file():
+        return
+    partial = model_dir.with_name(f".{model_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(found, partial)
+    os.replace(partial, model_dir)
+
+
+def _dtype(settings: Mapping[str, Any]) -> torch.dtype | None:
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(settings.get("dtype", ""))
