@@ -32,7 +32,7 @@ from karakoram.train.checkpoints.export import write_model
 from karakoram.train.checkpoints.run import Checkpoints
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
-from karakoram.train.fuse import fuse
+from karakoram.train.fuse import fuse, recompute
 from karakoram.train.guard import Guard
 from karakoram.train.initialize import biases_of, copy_weights, initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
@@ -112,6 +112,8 @@ class Trainer:
         self.held_out, self.objective, self.sinks = held_out, objective, sinks
         self.ranks = ranks or Alone()
         self.model = model or initialize(Transformer(config.model, dtype=dtype), config.seed).to(self.ranks.device)
+        if config.recompute:
+            recompute(self.model)
         self.layouts = split(self.model, self.ranks)
         self.masters = Masters(self.model)
         self.muon, self.adamw = optimizers(self.masters.weights, config, self.layouts, self.ranks)

@@ -13,7 +13,7 @@ from karakoram.config import ModelConfig
 from karakoram.model.load import load_model
 from karakoram.model.transformer import Transformer
 from karakoram.train.masters import Masters
-from karakoram.train.resume import save_model
+from karakoram.train.checkpoints.export import save_model
 
 VOCABULARY = 96
 CONTEXT = 512

@@ -18,7 +18,7 @@ from karakoram.model.transformer import Transformer
 from karakoram.quantize.convert import convert
 from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
-from karakoram.train.resume import save_model
+from karakoram.train.checkpoints.export import save_model
 
 pytestmark = pytest.mark.skipif(ops.chosen() is None, reason="the CPU kernels are not there (no compiler)")
 

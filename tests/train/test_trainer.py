@@ -142,6 +142,17 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
         assert torch.allclose(pieces.watch.max_logits[layer], largest_H, rtol=1e-5)
 
 
+def test_layers_that_run_twice_give_the_same_step(tmp_path: Path) -> None:
+    """Bit for bit, whatever is watched: nothing is counted a second time."""
+    changes = {"balance__rule": "quantile", "balance__sequence_loss": 1e-2}
+    plain, again = (tiny.trainer(tmp_path, recompute=twice, **changes) for twice in (False, True))
+    for number in range(3):
+        lines = [each.train_step(each.batches.batch(number)) for each in (plain, again)]
+        kept = [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in lines]
+        assert kept[0] == kept[1]
+    assert all(torch.equal(w, again.masters.weights[n]) for n, w in plain.masters.weights.items())
+
+
 class Poisoned(tiny.CopyTask):
     """Some batches hold a weight that is no number, or a loss ten thousand times as large."""
 

@@ -100,9 +100,9 @@ class Adapters:
             model.set_submodule(name, adapted)
             self.modules[name] = adapted
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, Tensor]:
         """What is trained, by its name in the model."""
-        found: dict[str, nn.Parameter] = {}
+        found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             found[f"{name}.lora_A.weight"] = module.lora_A.weight
             found[f"{name}.lora_B.weight"] = module.lora_B.weight

@@ -93,7 +93,8 @@ def draw(panel: Panel, span: tuple[float, float], points: int = POINTS) -> str:
         if panel.log and any((line.values_N > LEAST).any() for line in panel.lines):
             axes.set_yscale("log")
         elif panel.from_zero:
-            axes.set_ylim(bottom=0)
+            nothing = all(line.values_N.max(initial=0) <= 0 for line in panel.lines)
+            axes.set_ylim(0, 1 if nothing else None)
         cut = limits([line.values_N for line in panel.lines]) if panel.spike else None
         if cut:
             axes.set_ylim(0 if panel.from_zero else cut[0], cut[1])

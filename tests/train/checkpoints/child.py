@@ -187,10 +187,10 @@ def trouble(out: Path, rank: int, world: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     for step, (failing, do) in enumerate([(1, fail), (None, fail), (0, fail)], 2):
-        torch_writer.write_data = do if rank == failing else create
+        torch_writer.write_data = do if rank == failing else create  # pyright: ignore[reportAttributeAccessIssue]
         writer.save(step, tensors, {"step": step})
         told(writer.wait)
-    torch_writer.write_data = die if rank == 1 else create
+    torch_writer.write_data = die if rank == 1 else create  # pyright: ignore[reportAttributeAccessIssue]
     writer.save(5, tensors, {"step": 5})
     told(writer.wait)
     tell(steps=[find.step_of(path) for path in find.complete(out)])

@@ -100,7 +100,10 @@ def conversation_samples(
         messages = [{k: v for k, v in m.items() if k not in ("reasoning_content", "reasoning")} for m in messages]
     opening = _opening(fmt, thinking)
     found: list[tuple[list[Segment], list[Piece]]] = []
-    for first, last in _turns(messages):
+    turns = list(_turns(messages))
+    if turns and not _forgets(fmt, messages, r):
+        turns = [(0, turns[-1][1])]  # one rendering serves all
+    for first, last in turns:
         segments = _in_flight(fmt, messages[: last + 1], tools, thinking, r)
         pieces = list(_written(segments, opening, messages[: last + 1]))[first:]
         if found and segments[: len(found[-1][0])] == found[-1][0]:
@@ -110,12 +113,19 @@ def conversation_samples(
     return [_encoded(fmt, segments, pieces, read_weight) for segments, pieces in found]
 
 
+def _forgets(fmt: ChatFormat, messages: Sequence[Mapping[str, Any]], rendering: Rendering) -> bool:
+    """Whether a turn looks otherwise when it is history."""
+    if not fmt.facts.think_in_prompt or (rendering.preserve_thinking and fmt.facts.preserves_thinking):
+        return False
+    return any(message.get("reasoning_content") or message.get("reasoning") for message in messages)
+
+
 def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
     """Per turn, how many assistant messages come before it, and the index of its last one."""
     before = count = 0
     last = None
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        if message["role"] != "assistant":
             continue
         count += 1
         last = index

@@ -7,6 +7,7 @@ and nobody would know.
 
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,7 +54,8 @@ def list_files(paths: Paths, suffixes: tuple[str, ...]) -> list[SourceFile]:
             found.append(_stat(path, path.name))
     if not found:
         raise TrainingError("No file with training data is named.", "Give at least one file or folder.")
-    return found
+    names = Counter(file.name for file in found)
+    return [file if names[file.name] == 1 else file._replace(name=file.path.as_posix()) for file in found]
 
 
 def _stat(path: Path, name: str) -> SourceFile:

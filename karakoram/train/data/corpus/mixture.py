@@ -56,6 +56,8 @@ class Mixture:
     ) -> None:
         if not parts or len({part.name for part in parts}) < len(parts):
             raise TrainingError("A mixture needs parts, each with a name of its own.", "Name every part once.")
+        if seed < 0:
+            raise TrainingError(f"The seed is {seed}.", "Give a seed of 0 or more.")
         self.parts, self.sequence_tokens, self.seed, self.pad_id, self.packing = (
             parts,
             sequence_tokens,
