@@ -145,7 +145,7 @@ def train_both(rows_RT: Tensor, seed: int, steps: int, out: Path, rate: float) -
         model,
         steps=steps,
         optimizer=OptimizerConfig(learning_rate=rate, adamw_learning_rate=rate),
-        schedule=ScheduleConfig(warmup_steps=30, decay_from=0.5),
+        schedule=ScheduleConfig(warmup_steps=30, decay_from=INT4_FROM),
         balance=BalanceConfig(rate=3e-3),
         int4_from=2.0,
         seed=seed,

@@ -38,6 +38,7 @@ COMMANDS = {
         "What traces of routing say, and which memory would serve them.",
     ),
     "train": ("karakoram.cli.train", "train_command", "Train a model from a recipe."),
+    "report": ("karakoram.cli.report", "report_command", "Curves, events and settings of a training run, as a page."),
     "eval": ("karakoram.cli.eval", "eval_command", "Score a model."),
     "bench": ("karakoram.cli.bench", "bench_command", "Measure kernels against the limits of this machine."),
     "models": ("karakoram.cli.models", "models_command", "List cached checkpoints and remove them."),

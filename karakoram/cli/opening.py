@@ -84,16 +84,13 @@ class Opened:
     model: Any
     fmt: Any
     store: Any = None  # of experts, where they are not all in memory
+    plan: str | None = None  # what is expected of that, in a line
 
     @property
     def where(self) -> str:
         """Device and dtype, and what is in memory where not all is, for the user."""
         place = f"{self.model.device} {str(self.model.dtype).removeprefix('torch.')}"
-        if self.store is None:
-            return place
-        from karakoram.evals.plan.plan import plan_line
-
-        return " · ".join(filter(None, (place, str(self.store), plan_line(self.directory, self.store))))
+        return place if self.store is None else " · ".join(filter(None, (place, str(self.store), self.plan)))
 
     def approximated(self) -> str:
         """How many tokens so far are not exact, for the user; empty where all are."""
@@ -126,9 +123,13 @@ def open_for_chat(
 
     directory = open_directory(model)
     fmt = load_chat_format(directory, dialect=dialect)
-    loaded, store = load_fed(directory, device, dtype, allow_config_keys, experts, cache_tokens)
+    loaded, store, checkpoint = _load_fed(directory, device, dtype, allow_config_keys, experts, cache_tokens)
     check_vocabulary(fmt.tokenizer, loaded.config)
-    return Opened(directory, loaded, fmt, store)
+    if store is None:
+        return Opened(directory, loaded, fmt)
+    from karakoram.evals.plan.plan import plan_line
+
+    return Opened(directory, loaded, fmt, store, plan_line(checkpoint, store))
 
 
 def load_fed(
@@ -140,30 +141,40 @@ def load_fed(
     cache_tokens: int | None = None,
 ) -> tuple[Any, Any]:
     """The model, and the store of its experts where it has one. Options that need a store and find none are errors."""
+    return _load_fed(directory, device, dtype, allow_config_keys, experts, cache_tokens)[:2]
+
+
+def _load_fed(
+    directory: Path, device: str, dtype: str, allow_config_keys: list[str], experts: Any, cache_tokens: int | None
+) -> tuple[Any, Any, Any]:
+    """The same, and the checkpoint of a model that a store feeds: its headers are read once."""
     from karakoram.engine.expert_store.budget import CACHE_TOKENS
     from karakoram.engine.expert_store.opening import open_fed
 
     asked = experts is not None and experts.asked
     on_cpu = (asked and device == "auto") or _first_device(device) == "cpu"
     if experts is not None and dtype == "bfloat16" and on_cpu:
-        fed = open_fed(directory, experts, tuple(allow_config_keys), cache_tokens or CACHE_TOKENS)
-        if fed is not None:
-            import torch
+        from karakoram.checkpoint import open_checkpoint
 
-            torch.set_num_threads(
-                1
-            )  # its second thread would spin where the kernels' and the readers' should run: 10 %
-            return fed.model, fed.store
-    elif asked:
+        checkpoint = open_checkpoint(directory, allow_config_keys)
+        checkpoint.check()
+        fed = open_fed(checkpoint, experts, cache_tokens=cache_tokens or CACHE_TOKENS)
+        if fed is None:
+            return load(checkpoint, device, dtype, allow_config_keys), None, None
+        import torch
+
+        torch.set_num_threads(1)  # its second thread would spin where the kernels' and the readers' should run: 10 %
+        return fed.model, fed.store, checkpoint
+    if asked:
         raise InputError(
             f"--ram, --expert-ram, --vram, --expert-policy and --trace do not go with {dtype} on {device}.",
             "Add --device cpu, and leave --dtype out.",
         )
-    return load(directory, device, dtype, allow_config_keys), None
+    return load(directory, device, dtype, allow_config_keys), None, None
 
 
-def load(directory: Path, device: str, dtype: str, allow_config_keys: list[str], dense: bool = False) -> Any:
-    """The model of a checkpoint directory. `device` "auto" takes the first CUDA device where there is one."""
+def load(directory: Any, device: str, dtype: str, allow_config_keys: list[str], dense: bool = False) -> Any:
+    """The model of a checkpoint directory, or of an opened checkpoint. `device` "auto": a CUDA device, if any."""
     from karakoram.model.load import load_model
 
     return load_model(directory, _first_device(device), dtype, tuple(allow_config_keys), dense)

@@ -1,17 +1,19 @@
 """`k2 plan`: what a model will do here, or with other means, before it is loaded (`karakoram.evals.plan`).
 
-MODEL may be a preset, whose weights need not be there. What the machine can do is measured once and kept.
+MODEL may be a preset, whose weights need not be there. What the machine can do is measured once and kept. With
+`--train`, nothing is measured: how a model would be trained on many GPUs, on paper (`docs/scale.md`).
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from karakoram.cli import options
+from karakoram.cli import options, plan_options
 from karakoram.config import PRESETS, ModelConfig
 from karakoram.errors import InputError
 
@@ -50,6 +52,20 @@ def plan_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
     allow_config_key: options.AllowConfigKey = None,
+    train: Annotated[bool, typer.Option("--train", help="Plan its training on --gpus cards, on paper.")] = False,
+    gpus: plan_options.Gpus = None,
+    gpu: plan_options.Gpu = None,
+    sequence: plan_options.Sequence = None,
+    batch_tokens: plan_options.BatchTokens = None,
+    tokens: plan_options.Tokens = None,
+    pp: plan_options.Stages = None,
+    ep: plan_options.ExpertRanks = None,
+    dp: plan_options.Replicas = None,
+    chunks: plan_options.Chunks = None,
+    sharding: plan_options.Sharding = None,
+    recompute: plan_options.Recompute = None,
+    offload: plan_options.Offload = None,
+    efficiency: plan_options.Efficiency = None,
 ) -> None:
     """How fast a model will be, where its experts will lie, what limits it, and what would help.
 
@@ -61,7 +77,21 @@ def plan_command(
       k2 plan ./my-checkpoint
       k2 plan k2-thinking --ram 128GB --vram 24GB --disk /mnt/nvme
       k2 plan ./my-checkpoint --ram 16GiB --trace routed.k2trace --json
+      k2 plan k2 --train --gpus 256
     """
+    training = {
+        "gpus": gpus, "gpu": gpu, "sequence_tokens": sequence, "batch_tokens": batch_tokens, "total_tokens": tokens,
+        "efficiency": efficiency, "pipeline": pp, "experts": ep, "replicas": dp, "chunks": chunks,
+        "sharding": sharding, "recompute": recompute, "offload": offload,
+    }  # fmt: skip
+    given = {name: value for name, value in training.items() if value is not None}
+    if train:
+        running = (ram, vram, expert_ram, disk, context, trace, format)
+        if any(one is not None for one in running) or measure_again:
+            raise InputError("Options of running do not go with --train.", "`k2 plan --help` says which are which.")
+        return _train(model, given, allow_config_key or [], as_json)
+    if given:
+        raise InputError("--gpus and the like plan a training.", "Add --train.")
     from karakoram.evals.plan.plan import means_of, plan_of_checkpoint, plan_of_config
 
     def size(text: str | None, option: str) -> int | None:
@@ -85,6 +115,34 @@ def plan_command(
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _print(report)
+
+
+def _train(model: str, given: dict[str, Any], allow_config_keys: list[str], as_json: bool) -> None:
+    from karakoram.evals.plan.training import plan_of_training, read_asked
+    from karakoram.evals.plan.training_lines import lines
+
+    if "gpus" not in given:
+        raise InputError("--train needs to know on how many cards.", "Add --gpus, for instance --gpus 256.")
+    asked = read_asked(given)
+    if model in PRESETS and not Path(model).is_dir():
+        config = ModelConfig.preset(model)
+    else:
+        from karakoram.cli.opening import open_directory
+
+        config = ModelConfig.from_dir(open_directory(model), allow_config_keys)
+    report = plan_of_training(model, config, asked)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    _rows(lines(report))
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Each name once."""
+    last = ""
+    for name, text in rows:
+        typer.echo(f"{name if name != last else '':<12} {text}")
+        last = name
 
 
 def _say(what: str) -> None:
@@ -114,10 +172,7 @@ def _print(report: dict[str, Any]) -> None:
         ("would help", f"{one['description']}: {now:.2f} → {one['tokens_per_s']:.2f} tok/s") for one in report["helps"]
     ]
     rows += [("assumed", text) for text in report["assumptions"]]
-    last = ""
-    for name, text in rows:
-        typer.echo(f"{name if name != last else '':<12} {text}")
-        last = name
+    _rows(rows)
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def load_model(
-    path_or_hub_id: str | Path | None = None,
+    path_or_hub_id: str | Path | Checkpoint | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "bfloat16",
     allow_config_keys: tuple[str, ...] = (),
@@ -29,6 +29,7 @@ def load_model(
 ) -> Transformer:
     """Load a K2-shaped checkpoint for inference; None is the bundled nano.
 
+    An opened checkpoint is taken as it is, checked by who opened it.
     dtype is bfloat16 or float32; dense decodes int4 weights even where kernels could use them as they are. Without
     routed_experts, each layer's experts are a `FedBank` that an expert store feeds; only on the kernels. Raises
     CheckpointError (missing or damaged files, too little memory), ConfigError (another architecture, unknown settings),
@@ -36,9 +37,11 @@ def load_model(
     """
     wanted = _dtype(dtype)
     place = _device(device)
-    source = bundled_model_dir() if path_or_hub_id is None else path_or_hub_id
-    checkpoint = open_checkpoint(source, allow_config_keys)
-    checkpoint.check()
+    if isinstance(path_or_hub_id, Checkpoint):
+        checkpoint = path_or_hub_id
+    else:
+        checkpoint = open_checkpoint(path_or_hub_id or bundled_model_dir(), allow_config_keys)
+        checkpoint.check()
     model = Transformer(checkpoint.config, device="meta", dtype=wanted)
     if not dense and can_run_packed(checkpoint, place, wanted):
         _refuse_too_large(stored_bytes(checkpoint, routed_experts), wanted, place, checkpoint.dir)

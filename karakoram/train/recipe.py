@@ -11,7 +11,7 @@ Recipes are functions in `karakoram/recipes/` or in a user's file; `plan` is wha
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from karakoram.distributed.mesh import Alone, Ranks, start
 from karakoram.errors import TrainingError
 from karakoram.train.checkpoints.find import newest
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.machine import faster_dtype, keep_freed_memory
-from karakoram.train.run_dir import open_run, recorded_settings, settings_of
+from karakoram.train.record.directory import open_run, recorded_settings, settings_of
+from karakoram.train.record.sinks import open_sinks
 from karakoram.train.trainer import BatchSource, Objective, Trainer
 
 
@@ -99,54 +101,64 @@ class Recipe:
         return replace(self, plan=plan)
 
 
-def run_recipe(
-    recipe: Recipe,
-    out: Path,
-    resume: bool = False,
-    threads: int | None = None,
-    quiet: bool = False,
-    compiled: bool = True,
-    dtype: torch.dtype | None = None,
-    sinks: Sequence[Any] = (),
-) -> Path:
+@dataclass(frozen=True)
+class Manner:
+    """How a recipe is run, whatever it trains.
+
+    sinks         names that `open_sinks` knows
+    expert_ranks  under torchrun: over how many ranks the experts of a layer are split
+    """
+
+    resume: bool = False
+    threads: int | None = None
+    quiet: bool = False
+    compiled: bool = True
+    dtype: torch.dtype | None = None
+    sinks: Sequence[str] = ()
+    expert_ranks: int = 1
+
+
+def run_recipe(recipe: Recipe, out: Path, manner: Manner | None = None) -> Path:
     """Train all stages and return the finished model's directory.
 
-    Raises TrainingError as `open_run` and `Trainer.run` do; where `out` holds a run already and `resume` is false.
+    Under torchrun every rank calls it. Raises TrainingError as `open_run` and `Trainer.run` do; where `out` holds a run
+    already and it is not to be resumed.
     """
+    manner = manner or Manner()
     keep_freed_memory()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    ranks = start(manner.expert_ranks)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this machine, by torchrun
+    torch.set_num_threads(manner.threads or max(1, (os.cpu_count() or 1) // here))
     stages, before = recipe.stages(), recipe.start_from
-    _refuse_mixture(out, stages, resume)
+    quiet = manner.quiet or not ranks.is_main
+    _refuse_mixture(out, stages, manner.resume)
+    ranks.barrier()
     place = Workplace(out, out, before, torch.get_num_threads(), quiet)
     for name, config in stages:
         place = replace(place, out=out / name if name else out, before=before)
-        before = _run_stage(recipe, name, config, place, resume, compiled, dtype, sinks)
-    if stages[-1][0]:
+        before = _run_stage(recipe, name, config, place, manner, ranks)
+    if stages[-1][0] and ranks.is_main:
         _publish(place.out / "model", out / "model")
+    ranks.barrier()
     place.console.print(f"Finished: {out / 'model'}. Talk to it with: k2 chat {out / 'model'}", soft_wrap=True)
     return out / "model"
 
 
 def _run_stage(
-    recipe: Recipe,
-    name: str,
-    config: TrainConfig,
-    place: Workplace,
-    resume: bool,
-    compiled: bool,
-    dtype: torch.dtype | None,
-    sinks: Sequence[Any],
+    recipe: Recipe, name: str, config: TrainConfig, place: Workplace, manner: Manner, ranks: Alone | Ranks
 ) -> Path:
-    going_on = resume and newest(place.out) is not None
+    going_on = manner.resume and newest(place.out) is not None
     # a resumed run goes on in the dtype it began with, even if the other one is faster today
-    dtype = (_dtype(recorded_settings(place.out)) if going_on else dtype) or faster_dtype()
+    dtype = (_dtype(recorded_settings(place.out)) if going_on else manner.dtype) or faster_dtype()
     told = {"stage": name, "dtype": str(dtype).removeprefix("torch.")}
-    material = recipe.material(name, config, place)
-    with open_run(place.out, settings_of(config, **told, **material.kind), going_on):
+    material = _made(recipe, name, config, place, ranks)
+    settings = settings_of(config, **told, **material.kind)
+    with open_run(place.out, settings, going_on) if ranks.is_main else nullcontext():
+        ranks.barrier()
         model = None if material.model is None else material.model(dtype)
         trainer = Trainer(
-            config, material.batches, place.out, material.files, dtype, compiled, model, material.held_out,
-            material.objective, sinks,
+            config, material.batches, place.out, material.files, dtype, manner.compiled and ranks.world == 1, model,
+            material.held_out, material.objective, ranks=ranks,
         )  # fmt: skip
         if going_on:
             trainer.resume()
@@ -155,9 +167,21 @@ def _run_stage(
         stage = f"stage {name}" if name else "this run"
         if trainer.finished:
             place.console.print(f"{stage.capitalize()} is finished: it ended with step {trainer.step}.")
-        else:
-            place.console.print(f"Training ({stage}) in {told['dtype']}; Ctrl-C saves.")
-        return trainer.finished or trainer.run(place.quiet)
+            return trainer.finished
+        place.console.print(f"Training ({stage}) in {told['dtype']}; Ctrl-C saves.")
+        if ranks.is_main:
+            trainer.sinks = open_sinks(manner.sinks, place.out, settings, trainer.step)
+        return trainer.run(place.quiet)
+
+
+def _made(recipe: Recipe, name: str, config: TrainConfig, place: Workplace, ranks: Alone | Ranks) -> Material:
+    """The first rank tokenises, the others find it done."""
+    if ranks.is_main:
+        material = recipe.material(name, config, place)
+        ranks.barrier()
+        return material
+    ranks.barrier()
+    return recipe.material(name, config, place)
 
 
 def _refuse_mixture(out: Path, stages: Sequence[tuple[str, TrainConfig]], resume: bool) -> None:

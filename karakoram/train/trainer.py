@@ -38,11 +38,11 @@ from karakoram.train.initialize import biases_of, copy_weights, initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.machine import StopOnSignal, matmul_flops_per_s
 from karakoram.train.masters import Masters
-from karakoram.train.metrics import Metrics, Sink
 from karakoram.train.optim.assign import optimizers
 from karakoram.train.optim.qk_clip import qk_clip
 from karakoram.train.optim.schedule import decay_share, rate_share
-from karakoram.train.run_dir import open_run, settings_of
+from karakoram.train.record.directory import open_run, settings_of
+from karakoram.train.record.metrics import Metrics, Sink
 
 EXPENSIVE_EVERY = 10  # steps between the numbers that cost a pass over the weights: update RMS, entropy, loads
 LOADS_EVERY = 50

@@ -43,7 +43,9 @@ def train(
 ) -> dict[str, Any]:
     """A small training loop over ranks: what the trainer does, in float32 or bfloat16, without schedule and guard."""
     model = initialize(
-        Transformer(model_config(**SHAPE, n_routed_experts=experts, tie_word_embeddings=tied), dtype=torch.float32),
+        Transformer(
+            model_config(**SHAPE, n_routed_experts=experts, tie_word_embeddings=tied), dtype=getattr(torch, dtype)
+        ),
         seed=3,
     )
     layouts = split(model, ranks)

@@ -1,6 +1,7 @@
 """Benchmarks at tiny shapes: arithmetic that agrees with itself, and the two rules that make one fail. No speeds."""
 
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -86,6 +87,25 @@ def test_memory_that_changes_by_more_than_a_tenth_is_a_problem(
     found = report.bracketed(None, 1, lambda isa, notes: [])
     assert bool(found["problems"]) is fails
     assert not fails or "idle machine" in found["problems"][0]
+
+
+def test_rows_run_without_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured under a budget of memory must not find two gigabytes of it taken."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    real = memory.buffer_to_read
+
+    def remembered() -> torch.Tensor:
+        buffer = real()
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    def rows(isa: str, notes: list[str]) -> list[memory.Matmul]:
+        assert [one() for one in made] == [None]
+        return []
+
+    monkeypatch.setattr(memory, "buffer_to_read", remembered)
+    assert report.bracketed(None, 1, rows)["memory"]["buffer_bytes"] == 1 << 20
+    assert len(made) == 2
 
 
 def test_short_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from karakoram.model.generate import generate
 from karakoram.model.load import load_model
 from karakoram.model.watch import Watch
 from karakoram.quantize.quantize import quantize
+from karakoram.train.data.bpe import tokenizer_config
 
 SMALL = {
     **PRESETS["k2-thinking"],
@@ -167,6 +168,19 @@ def test_a_generated_tokenizer_fills_the_vocabulary(small: Path) -> None:
     assert len(tokenizer.encode(" bakaru")) < len(" bakaru")  # words are made of syllables
     one = tokenizer.encode(" baka")
     assert tokenizer.decode(one) == " baka" and len(one) == 1
+
+
+def test_special_tokens_are_those_of_training_as_far_as_they_go(small: Path) -> None:
+    """One function for both; a vocabulary with room for five named ones has those and the last two."""
+    whole = tokenizer_config(300, 2048)["added_tokens_decoder"]
+    few = tokenizer_config(300, 2048, 7, "kimi-k2")
+    assert few["karakoram"] == {"dialect": "kimi-k2"}
+    named = {key: one["content"] for key, one in few["added_tokens_decoder"].items()}
+    assert list(named.values()) == [whole[str(300 + at)]["content"] for at in (0, 1, 2, 3, 4)] + ["[UNK]", "[PAD]"]
+    stored = json.loads((small / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    first = min(map(int, stored))
+    kept = {int(key) - first: one for key, one in stored.items() if one["content"] not in ("[UNK]", "[PAD]")}
+    assert kept == {int(k) - 300: one for k, one in whole.items() if one["content"] not in ("[UNK]", "[PAD]")}
 
 
 def test_a_tokenizer_is_copied_if_it_fits(small: Path, tmp_path: Path) -> None:

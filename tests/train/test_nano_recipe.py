@@ -15,7 +15,7 @@ import karakoram
 from karakoram.errors import TrainingError
 from karakoram.recipes import nano
 from karakoram.train.config import TrainConfig
-from karakoram.train.run_dir import recorded_settings
+from karakoram.train.record.directory import recorded_settings
 from karakoram.train.trainer import Trainer
 from tests.train import tiny
 

@@ -14,7 +14,7 @@ from karakoram.checkpoint import open_checkpoint
 from karakoram.errors import TrainingError
 from karakoram.train.config import BatchConfig
 from karakoram.train.data.batches import Batch
-from karakoram.train.metrics import Metrics
+from karakoram.train.record.metrics import Metrics
 from karakoram.train.trainer import Trainer, train
 from tests.train import tiny
 

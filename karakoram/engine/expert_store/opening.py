@@ -52,17 +52,21 @@ class Fed:
 
 
 def open_fed(
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | Path | Checkpoint,
     options: StoreOptions,
     allow_config_keys: tuple[str, ...] = (),
     cache_tokens: int = CACHE_TOKENS,
 ) -> Fed | None:
     """The model fed by a store; None where nothing asks for one: all fits, or it is no model that a store can feed.
 
+    An opened checkpoint is taken as it is, checked by who opened it: K2.5's headers take 6 s.
     Raises InputError for a budget below the least, or where a store was asked for and cannot be.
     """
-    checkpoint = open_checkpoint(path_or_hub_id, allow_config_keys)
-    checkpoint.check()
+    if isinstance(path_or_hub_id, Checkpoint):
+        checkpoint = path_or_hub_id
+    else:
+        checkpoint = open_checkpoint(path_or_hub_id, allow_config_keys)
+        checkpoint.check()
     c = checkpoint.config
     can = can_run_packed(checkpoint, torch.device("cpu"), torch.bfloat16) and c.num_moe_layers > 0
     if not can:
@@ -79,20 +83,14 @@ def open_fed(
             source.close()
             return None
         budget.slots()  # refuses what is too little before the time of loading is spent
-        return _load(checkpoint, source, options, allow_config_keys, cache_tokens)
+        return _load(checkpoint, source, options, cache_tokens)
     except BaseException:
         source.close()
         raise
 
 
-def _load(
-    checkpoint: Checkpoint,
-    source: ExpertSource,
-    options: StoreOptions,
-    allow_config_keys: tuple[str, ...],
-    cache_tokens: int,
-) -> Fed:
-    model = load_model(checkpoint.dir, allow_config_keys=allow_config_keys, routed_experts=False)
+def _load(checkpoint: Checkpoint, source: ExpertSource, options: StoreOptions, cache_tokens: int) -> Fed:
+    model = load_model(checkpoint, routed_experts=False)
     gc.collect()
     budget = _budget(checkpoint, source, options, cache_tokens, resident_bytes())
     slots = budget.slots()

@@ -75,6 +75,10 @@ class Shadow:
             self._rows.update((ids_NK == key % self._source.experts).any(-1).nonzero().flatten().tolist())
         self.experts += len(keys)
 
+    def begin_pass(self) -> None:
+        """Forget what a pass touched that ended in an error."""
+        self._rows.clear()
+
     def end_pass(self, rows_N: np.ndarray | None) -> None:
         """Book the tokens that were touched; rows_N says whose they are, where anybody told."""
         self.tokens += len(self._rows)

@@ -50,12 +50,12 @@ _Rows = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Counters:
-    """Since the store was opened. Demands count (layer, expert) once a batch."""
+    """Since the store was opened; they only grow. Demands count (layer, expert) once a batch."""
 
     passes: int = 0
     demanded: int = 0
     hits: int = 0  # in memory, or on their way by a guess
-    guessed: int = 0
+    guessed: int = 0  # reads begun on a guess; counted when their layer came, or when they had to leave before
     guessed_right: int = 0
     waited_s: float = 0.0  # for the disk, with nothing to compute
     computing_s: float = 0.0  # in the kernels
@@ -122,6 +122,7 @@ class ExpertStore:
         self._late: set[int] = set()  # of these, no guesses: their layer went on with their shadows
         self._guess_now: Guess | None = None  # for the layer that comes next
         self._leaving: list[tuple[Read, int]] = []  # stopped reads and their slots
+        self._spare, self._owed = spare, 0  # slots beyond the capacity; slots to be given back when they are free
         self._checked_s = time.monotonic()
         self._lock = threading.Lock()
 
@@ -190,6 +191,8 @@ class ExpertStore:
         source = self.source
         if index == 0:
             self._keep_within()
+            if self.shadow is not None:
+                self.shadow.begin_pass()
         if self.trace is not None:
             rows_N = self._rows_N if self._rows_N is not None and len(self._rows_N) == len(ids_NK) else None
             self.trace.record(source.layers[index], ids_NK.numpy(), sequences_T=rows_N)
@@ -363,7 +366,7 @@ class ExpertStore:
             return True
         slot = self._slots.pop(victim)
         if (read := self._guesses.pop(victim, None)) is not None:
-            self._late.discard(victim)
+            self._count_wrong(victim, read)
             self._stop(read, slot)
             slot = self._take_slot()
         self._slots[key] = slot
@@ -398,12 +401,13 @@ class ExpertStore:
         foresight.saw(len(taken))
         if taken:
             self._guesses.update(zip(taken, self._submit(taken, urgent=False), strict=True))
-            self.counters.guessed += len(taken)
 
     def _take_over_guesses(self, layer: _Layer, here: list[int]) -> int:
         """Wanted experts that a guess has asked for: wait for those like for any other. How many are not here yet."""
         taken = {key: self._guesses.pop(key) for key in here if key in self._guesses}
-        self.counters.guessed_right += len(taken.keys() - self._late)
+        right = len(taken.keys() - self._late)
+        self.counters.guessed += right
+        self.counters.guessed_right += right
         self._late -= taken.keys()
         late = {key: read for key, read in taken.items() if read.state != "done"}
         self.readers.promote(late.values())
@@ -424,12 +428,15 @@ class ExpertStore:
         first = index * self.source.experts
         for key in [key for key in self._guesses if first <= key < first + self.source.experts and key not in wanted]:
             read = self._guesses.pop(key)
-            late = key in self._late
-            self._late.discard(key)
+            self._count_wrong(key, read)
             if not read.finished or read.error is not None:
-                self.counters.guessed -= read.state == "waiting" and not late  # it was never begun
                 self.residency.drop(key)
                 self._stop(read, self._slots.pop(key))
+
+    def _count_wrong(self, key: int, read: Read) -> None:
+        """A guess that its layer did not want, or that leaves before; not one that nobody began to read."""
+        self.counters.guessed += read.state != "waiting" and key not in self._late
+        self._late.discard(key)
 
     # -------------------------------------------------------------------------------------------- ends of reads
 
@@ -443,6 +450,7 @@ class ExpertStore:
             if read.finished:
                 self._arena.give(slot)
         self._leaving = [(read, slot) for read, slot in self._leaving if not read.finished]
+        self._give_back()
 
     def _abandon(self, layer: _Layer) -> None:
         """After an error: what was on its way for this layer is not here."""
@@ -462,18 +470,25 @@ class ExpertStore:
         """Give slots back where the process has grown beyond its budget."""
         if self.limit_bytes is None or (here := resident_bytes()) is None or here <= self.limit_bytes:
             return
-        least = max(1, self.capacity // 8)  # in one pass
-        count = min(-(-(here - self.limit_bytes) // self.source.slot_bytes), self.capacity - 1, least)
+        most = max(1, self.capacity // 8)  # in one pass
+        count = min(-(-(here - self.limit_bytes) // self.source.slot_bytes), self.capacity - 1, most)
         if count < 1:
             return
         self.capacity -= count
         for key in self.residency.shrink(self.capacity):
             slot = self._slots.pop(key)
             if (read := self._guesses.pop(key, None)) is not None:
+                self._count_wrong(key, read)
                 self._stop(read, slot)
             else:
                 self._arena.give(slot)
-        self._arena.retire(count)
+        self._owed += count
+        self._sweep()
+
+    def _give_back(self) -> None:
+        """Slots that are owed, as far as they are free and no spare ones: a stopped read still holds its own."""
+        if self._owed:
+            self._owed -= self._arena.retire(min(self._owed, max(0, self._arena.free - self._spare)))
 
     def close(self) -> None:
         """Stop all reads and let go of the source. The model cannot run any more."""

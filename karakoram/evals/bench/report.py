@@ -67,10 +67,11 @@ def bracketed(
         buffer = memory.buffer_to_read()
         if buffer.numel() < memory.BUFFER_BYTES:
             notes.append(f"Memory is short: read over {buffer.numel():,} bytes instead of {memory.BUFFER_BYTES:,}.")
-        before = memory.measure(threads, buffer)
+        before, buffer_bytes = memory.measure(threads, buffer), buffer.numel()
+        del buffer  # rows may have a budget of memory, in which it would be counted
         measured = rows(name, notes)
         say("memory, after")
-        after = memory.measure(threads, buffer)
+        after = memory.measure(threads, memory.buffer_to_read())
     limit = max(before.gb_per_s, after.gb_per_s)
     problems = [memory.drift_problem(before.gb_per_s, after.gb_per_s), *(row.problem for row in measured)]
     return {
@@ -79,7 +80,7 @@ def bracketed(
         "threads": threads,
         "memory_before": before.gb_per_s,
         "memory_after": after.gb_per_s,
-        "memory": {"before": before.readers, "after": after.readers, "buffer_bytes": buffer.numel()},
+        "memory": {"before": before.readers, "after": after.readers, "buffer_bytes": buffer_bytes},
         "rows": [row.to_dict(limit) for row in measured],
         "notes": notes,
         "problems": [problem for problem in problems if problem],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from karakoram import env
-from karakoram.checkpoint import open_checkpoint
+from karakoram.checkpoint import Checkpoint, open_checkpoint
 from karakoram.checkpoint.experts import ExpertSource, open_expert_source
 from karakoram.config import ModelConfig
 from karakoram.engine.expert_store.budget import AUTO_SHARE, CACHE_TOKENS, PROCESS_BYTES
@@ -92,13 +92,13 @@ def means_of(
     return Means(ram_bytes, vram_bytes, expert_bytes, max(CACHE_TOKENS, wanted), wanted)
 
 
-def plan_line(directory: str | Path, store: ExpertStore) -> str | None:
+def plan_line(model: str | Path | Checkpoint, store: ExpertStore) -> str | None:
     """One line for a model that a store feeds already; None where this machine has not been measured for it.
 
     Measures nothing, and never raises: who starts a model wants it started.
     """
     try:
-        checkpoint = open_checkpoint(directory)
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         load, kept = workload.of_checkpoint(checkpoint, store.source), machine.Kept()
         rates, hits = machine.kept_rates(kept, load, checkpoint.dir), machine.kept_hits(kept, load.config)
         if rates is None or hits is None:

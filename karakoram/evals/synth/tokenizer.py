@@ -10,15 +10,13 @@ import json
 from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
 
 from karakoram.chat.tokenizer import CONFIG_FILE, MODEL_FILE, Tokenizer
 from karakoram.config import ModelConfig
 from karakoram.errors import InputError
-from karakoram.train.data.bpe import SPECIALS, byte_order
+from karakoram.train.data.bpe import byte_order, tokenizer_config
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
-_NOT_SPECIAL = (*range(11, 16), 22, 23)  # offsets of tool and think markers, which K2 does not strip from its text
 _COPIED = (MODEL_FILE, CONFIG_FILE, "chat_template.jinja")
 
 
@@ -26,7 +24,9 @@ def generated_tokenizer(config: ModelConfig, dialect: str) -> dict[str, bytes]:
     """File name -> content of a tokenizer that fills the vocabulary."""
     first_special = first_special_id(config)
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(_tokens(first_special))]
-    text = json.dumps(_config(config, first_special, dialect), indent=2, ensure_ascii=False) + "\n"
+    specials = config.vocab_size - first_special
+    found = tokenizer_config(first_special, config.max_position_embeddings, specials, dialect)
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     return {MODEL_FILE: b"".join(lines), CONFIG_FILE: text.encode()}
 
 
@@ -64,27 +64,3 @@ def _endless() -> Iterator[bytes]:
             word = b"".join(parts)
             yield word
             yield b" " + word
-
-
-def _config(config: ModelConfig, first_special: int, dialect: str) -> dict[str, Any]:
-    specials = config.vocab_size - first_special
-    names = {offset: name for offset, name in SPECIALS.items() if offset < specials - 2}
-    names |= {specials - 2: "[UNK]", specials - 1: "[PAD]"}
-    added = {
-        str(first_special + offset): {
-            "content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": offset not in _NOT_SPECIAL,
-        }
-        for offset, name in sorted(names.items())
-    }  # fmt: skip
-    return {
-        "added_tokens_decoder": added,
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.max_position_embeddings,
-        "tokenizer_class": "TikTokenTokenizer",
-        "karakoram": {"dialect": dialect},
-    }

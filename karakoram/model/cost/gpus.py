@@ -16,7 +16,8 @@ LINK_SHARE = 0.8  # of a link's rate that large messages reach; DeepEP's all-to-
 MEMORY_SHARE = 0.92  # of a card's memory; the rest: driver, NCCL's buffers, fragments
 HOST_SHARE = 0.9
 # Of the peak, over all that a layer does: its products, and what is bound by memory beside them (norms, SwiGLU,
-# sorting). An assumption. K2 on GB300 is said to run at 1,080 of 2,500 TFLOPS (43 %), all else included.
+# sorting). An assumption. K2 with Muon is said to run at 1,080 TFLOPS on a GB300, all else included: 43 % of 2,500, its
+# dense bf16, if that is what it ran in.
 EFFICIENCY = 0.5
 
 

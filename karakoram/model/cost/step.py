@@ -63,6 +63,7 @@ class Step:
     exposed_s: float  # gradients and new weights
     optimizer_s: float
     memory: Memory
+    mean_states_bytes: float  # on a GPU, over all stages
     traffic: dict[str, Sent]
     flops_per_token: float
     computed_flops_per_token: float
@@ -92,12 +93,14 @@ def step(config: ModelConfig, layout: Layout, gpu: Gpu, batch: Batch, efficiency
     """A step of this model, so spread, on such cards. Raises InputError for a layout that cannot be."""
     layout.check(config)
     cut = stages(config, layout.pipeline, batch.sequence_tokens)
-    computed = [stage_flops(config, one, layout, batch.sequence_tokens) for one in cut]
-    busiest = max(range(len(cut)), key=lambda at: computed[at])
+    first_of = {one: at for at, one in reversed([*enumerate(cut)])}  # of equal stages, the first waits for most
+    computed = {one: stage_flops(config, one, layout, batch.sequence_tokens) for one in first_of}
+    busiest = max(first_of, key=lambda one: computed[one])
     per_rank = batch.sequence_tokens * batch.per_rank
     compute_s = computed[busiest] * per_rank / gpu.flops_per_s / efficiency
     sizes = (batch.sequence_tokens, batch.per_rank)
-    traffic = step_traffic(config, layout, cut[busiest], *sizes)
+    traffic = step_traffic(config, layout, busiest, *sizes)
+    held = {one: memory(config, layout, one, at, *sizes) for one, at in first_of.items()}
     waited_s, exposed_s = _links(traffic, compute_s, layout, gpu)
     running_s = compute_s + waited_s
     return Step(
@@ -106,11 +109,12 @@ def step(config: ModelConfig, layout: Layout, gpu: Gpu, batch: Batch, efficiency
         waited_s=waited_s,
         bubble_s=running_s * (layout.pipeline - 1) / (layout.chunks * batch.per_rank),
         exposed_s=exposed_s,
-        optimizer_s=max(_optimizer_s(config, one, layout, gpu, efficiency) for one in set(cut)),
-        memory=max((memory(config, layout, one, at, *sizes) for at, one in enumerate(cut)), key=lambda m: m.total),
+        optimizer_s=max(_optimizer_s(config, one, layout, gpu, efficiency) for one in first_of),
+        memory=max(held.values(), key=lambda one: one.total),
+        mean_states_bytes=sum(held[one].states for one in cut) / len(cut),
         traffic=traffic,
         flops_per_token=training_flops(config, batch.sequence_tokens),
-        computed_flops_per_token=sum(computed),
+        computed_flops_per_token=sum(computed[one] for one in cut),
     )
 
 

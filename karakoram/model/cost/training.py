@@ -81,6 +81,7 @@ def forward_flops(config: ModelConfig, sequence_tokens: int) -> dict[str, float]
     return total | {"output head": head_flops(config)}
 
 
+@lru_cache(maxsize=256)
 def training_flops(config: ModelConfig, sequence_tokens: int) -> float:
     """Of one token, forward and backward, nothing computed again: what MFU counts."""
     return 3 * sum(forward_flops(config, sequence_tokens).values())

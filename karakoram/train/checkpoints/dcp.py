@@ -2,14 +2,13 @@
 
 Each rank writes the pieces that it holds; who loads says by its own tensors which pieces it wants, so that what 4 ranks
 saved goes on on 2 or on 1. No pickle is written or read: of torch's storage only HuggingFaceStorageWriter and -Reader
-are used, which keep tensors in safetensors and a piece's place in the header's `DCP_SHARDING_INFO`. (Between ranks
-plans travel pickled, as everything that torch.distributed gathers; no file does.)
+are used (by `storage.py`), which keep tensors in safetensors and a piece's place in the header's `DCP_SHARDING_INFO`.
+(Between ranks plans travel pickled, as everything that torch.distributed gathers; no file does.)
 
 What those two do not do in torch 2.13 is done here:
 - a reader copies into whatever dtype it is given, ignores names that nobody asked for, and leaves as it was what no
   piece covers: so dtypes, shapes, names and coverage are checked against `state.json` before a number is read;
 - it believes every offset in the header: so headers are parsed and checked by `karakoram.checkpoint.safetensors`;
-- a rank's file is put together in memory before it is written: so files hold `FILE_BYTES` of (whole) tensors each;
 - pieces without elements (uneven shards) would all claim the same place: they are not written.
 """
 
@@ -30,7 +29,6 @@ from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, _HFStorageInfo
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -48,8 +46,9 @@ from karakoram.errors import CheckpointError, TrainingError
 from karakoram.train.checkpoints.find import TENSORS_DIR
 from karakoram.train.checkpoints.ranks import Ranks, reason_of
 from karakoram.train.checkpoints.state import Manifest, Spec, damaged, read_state
+from karakoram.train.checkpoints.storage import PieceReader, PieceWriter
 
-FILE_BYTES = 256 << 20
+FILE_BYTES = 4 << 30  # of whole tensors in a rank's file: a file of a size that disks and copies bear
 _READ_BYTES = 16 << 20
 
 # one process is a way to train, not an oversight
@@ -121,16 +120,15 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], ranks: Ranks) -> Mani
         specs |= of_rank
     directory = path / TENSORS_DIR
     ranks.first(lambda: directory.mkdir(exist_ok=True))
-    writer = HuggingFaceStorageWriter(str(directory), _file_numbers(specs), save_distributed=True)
+    writer = PieceWriter(directory, _file_numbers(specs))
     planner, alone = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False), ranks.group is None
     try:
         with ranks.talking():
             dcp_save(dict(pieces), storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=alone)
     except CheckpointException as error:
         raise _first_failure(error) from error
-    own = f"shard-{ranks.rank + 1:05d}-*.safetensors"
     files: dict[str, tuple[int, int]] = {}
-    for of_rank in ranks.each(lambda: {file.name: _bytes_and_crc(file) for file in sorted(directory.glob(own))}):
+    for of_rank in ranks.each(lambda: writer.files):
         files |= of_rank
     return Manifest(dict(sorted(specs.items())), files)
 
@@ -144,11 +142,16 @@ def read_tensors(path: Path, tensors: Mapping[str, "Tensor | Piece"], ranks: Ran
     """
     ranks = ranks or Ranks(alone=True)
     manifest = ranks.first(lambda: read_state(path)[1])
-    pieces = pieces_of(tensors)
-    _compare(path, manifest, ranks.each(lambda: {name: piece.spec for name, piece in pieces.items()}))
+    pieces: dict[str, Piece] = {}
+
+    def wanted_here() -> dict[str, Spec]:
+        pieces.update(pieces_of(tensors))
+        return {name: piece.spec for name, piece in pieces.items()}
+
+    _compare(path, manifest, ranks.each(wanted_here))
     metadata = ranks.first(lambda: _metadata(path, manifest))
     ranks.each(lambda: _verify(path, manifest, sorted(manifest.files)[ranks.rank :: ranks.world]))
-    reader = _Reader(path / TENSORS_DIR, metadata)
+    reader = PieceReader(path / TENSORS_DIR, metadata)
     planner, alone = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False), ranks.group is None
     wanted = {name: piece for name, piece in pieces.items() if piece.local.numel()}
     try:
@@ -173,17 +176,6 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].local.detach()
 
 
-class _Reader(HuggingFaceStorageReader):
-    """Torch's, but for where the pieces are: that was found and checked by us."""
-
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
-        super().__init__(str(directory))
-        self.metadata = metadata
-
-    def read_metadata(self) -> Metadata:
-        return self.metadata
-
-
 def _piece(name: str, tensor: "Tensor | Piece") -> Piece:
     if isinstance(tensor, Piece):
         piece = tensor
@@ -194,6 +186,8 @@ def _piece(name: str, tensor: "Tensor | Piece") -> Piece:
         if tensor.device_mesh.get_coordinate() is None:  # this rank is not in its mesh
             return Piece(local.new_empty(0), (0,) * tensor.dim(), tuple(tensor.shape))
         (chunk,) = tensor.__create_chunk_list__()
+        if tuple(chunk.sizes) != tuple(local.shape):
+            raise TrainingError(f"{name} is no single piece here.", "Shard it without strides, or give it as a Piece.")
         piece = Piece(local, tuple(chunk.offsets), tuple(tensor.shape))
     else:
         piece = Piece(tensor, (0,) * tensor.dim(), tuple(tensor.shape))

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from karakoram.checkpoint import open_checkpoint
 from karakoram.checkpoint.experts import open_expert_source
 from karakoram.engine.engine import Engine
 from karakoram.engine.expert_store.shadow import Shadow, shadow_bytes
+from karakoram.errors import InputError
 from karakoram.kernels import ops
 from karakoram.model.transformer import Transformer
 from tests.engine.expert_store.fed import EVERYTHING, NEW, PROMPT, Run, fed, run, same
@@ -64,6 +66,23 @@ def test_a_disk_that_hangs_holds_nobody_up(packed_nano: Path) -> None:
         leave.set()
         assert len(found[0]) == 3
         assert one.store.approximated() == len(PROMPT) + 2
+
+
+def test_a_pass_that_ends_in_an_error_leaves_no_tokens_to_the_next(
+    packed_nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fed(12, path=packed_nano, shadow_after_s=0, guessing=False) as one:
+        layers = iter(range(100))
+
+        def broken() -> None:
+            if next(layers) == 3:
+                raise InputError("The file is another.", "Begin again.")
+
+        monkeypatch.setattr(one.store, "_check_source", broken)
+        with pytest.raises(InputError, match="is another"):
+            run(one.model, 1)
+        run(one.model, 1, PROMPT[:1])
+        assert one.store.approximated() in (0, 1)  # of one token
 
 
 def test_each_request_hears_of_its_own_tokens(nano: Transformer, packed_nano: Path) -> None:

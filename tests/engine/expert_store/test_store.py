@@ -1,11 +1,22 @@
 """A model whose experts visit memory computes the same bits as one that has them all."""
 
+# pyright: reportPrivateUsage=false
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from karakoram.checkpoint import index
+from karakoram.cli.opening import open_for_chat
 from karakoram.engine.engine import Engine
+from karakoram.engine.expert_store.opening import StoreOptions
+from karakoram.engine.expert_store.store import SPARE_SLOTS, ExpertStore
 from karakoram.engine.expert_store.trace import TraceWriter, read_trace
 from karakoram.engine.request import Request, Sampling
 from karakoram.env import bundled_model_dir
@@ -96,3 +107,91 @@ def test_a_trace_tells_the_sequences_of_a_batch_apart(packed_nano: Path, tmp_pat
     lengths = {int(n): sum(int((p.sequences_T == n).sum()) for p in trace.passes) for n in range(3)}
     assert all(lengths[n] > 5 for n in range(3))
     assert trace.tokens == sum(lengths.values())
+
+
+class Held:
+    """Reads that wait, once they are told to, until they are let go."""
+
+    def __init__(self) -> None:
+        self.armed, self.begun, self.leave = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self, descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+        if self.armed.is_set():
+            self.begun.set()
+            self.leave.wait(20)
+        return os.preadv(descriptor, views, offset)
+
+
+def guess(store: ExpertStore, keys: list[int]) -> None:
+    """As the store does, of these keys."""
+    assert all(store._make_room(key, guessed=True) for key in keys)
+    store._guesses.update(zip(keys, store._submit(keys, urgent=False), strict=True))
+
+
+def test_a_guess_is_counted_when_it_is_decided_and_no_count_falls(packed_nano: Path) -> None:
+    held = Held()
+    with fed(40, path=packed_nano, preadv=held, threads=1, guessing=False) as one:
+        held.armed.set()
+        guess(one.store, [35, 41])  # of the third layer, not side by side: one thread begins one of them
+        assert held.begun.wait(60)
+        assert one.store.stats()["experts_guessed"] == 0
+        one.store._drop_wrong_guesses(2, set())
+        assert one.store.stats()["experts_guessed"] == 1  # the other was never begun
+        held.leave.set()
+
+
+def test_counts_only_grow(packed_nano: Path) -> None:
+    with fed(12, path=packed_nano) as one:
+        cache, seen = one.model.new_cache(1, 60), one.store.stats()
+        with torch.inference_mode():
+            for token in PROMPT:
+                one.model(torch.tensor([[token]]), cache, logits_for="last")
+                now = one.store.stats()
+                assert all(now[name] >= seen[name] for name in seen if name != "experts_capacity")
+                seen = now
+        assert seen["experts_guessed"] >= seen["experts_guessed_right"] > 0
+
+
+def test_shrinking_leaves_stopped_reads_their_slots_and_the_spare_ones(packed_nano: Path) -> None:
+    """All slots hold guesses, two of which are being read and cannot let go."""
+    held, capacity = Held(), 40
+    with fed(capacity, path=packed_nano, preadv=held, guessing=False, limit_bytes=1) as one:
+        store = one.store
+        held.armed.set()
+        guess(store, list(range(0, 2 * capacity, 2)))
+        assert held.begun.wait(60)
+        store._late.update(store._guesses)
+
+        def slots() -> int:
+            return store._arena.free + len(store._slots) + len(store._leaving)
+
+        while store.capacity > 1:
+            store._keep_within()
+            assert slots() == store.capacity + SPARE_SLOTS + store._owed
+            assert store._arena.free >= SPARE_SLOTS
+            assert store._owed <= len(store._leaving) <= 2
+            assert store._late == set(store._guesses)
+        held.leave.set()
+        for read, _ in store._leaving:
+            store.readers.wait([read])
+        store._sweep()
+        assert store._owed == 0 and slots() == 1 + SPARE_SLOTS
+
+
+def test_a_models_headers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Counter[str]()
+    real = index.read_header
+
+    def counted(path: Path, *more: Any) -> Any:
+        read[path.name] += 1
+        return real(path, *more)
+
+    monkeypatch.setattr(index, "read_header", counted)
+    threads = torch.get_num_threads()
+    for options in (StoreOptions(expert_bytes=1_000_000), StoreOptions()):  # fed by a store; all in memory
+        read.clear()
+        opened = open_for_chat("nano", None, "cpu", "bfloat16", [], options)
+        torch.set_num_threads(threads)
+        assert (opened.store is not None) == options.asked
+        opened.close()
+        assert read and set(read.values()) == {1}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from karakoram.errors import TrainingError
 from karakoram.train.checkpoints import dcp, find
@@ -170,6 +170,9 @@ def load(out: Path, rank: int, world: int) -> None:
     tell(wrong=wrong, state=read_state(path)[0], names=len(into))
     into["even"] = torch.zeros(8, 7)
     told(lambda: read_tensors(path, into, Ranks()))
+    if rank == 1:  # and the others are told
+        into["even"] = DTensor.from_local(torch.ones(8, 6), init_device_mesh("cpu", (world,)), [Partial()])
+    told(lambda: read_tensors(path, into, Ranks()))
 
 
 def trouble(out: Path, rank: int, world: int) -> None:
@@ -178,7 +181,7 @@ def trouble(out: Path, rank: int, world: int) -> None:
     tensors = spread(world, rank, WHOLE)
     writer.save(1, tensors, {"step": 1})
     told(writer.wait)
-    create, torch_writer = dcp.HuggingFaceStorageWriter.write_data, dcp.HuggingFaceStorageWriter
+    writer_class, create = dcp.PieceWriter, dcp.PieceWriter.write_data
 
     def fail(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -187,10 +190,10 @@ def trouble(out: Path, rank: int, world: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     for step, (failing, do) in enumerate([(1, fail), (None, fail), (0, fail)], 2):
-        torch_writer.write_data = do if rank == failing else create  # pyright: ignore[reportAttributeAccessIssue]
+        writer_class.write_data = do if rank == failing else create  # pyright: ignore[reportAttributeAccessIssue]
         writer.save(step, tensors, {"step": step})
         told(writer.wait)
-    torch_writer.write_data = die if rank == 1 else create  # pyright: ignore[reportAttributeAccessIssue]
+    writer_class.write_data = die if rank == 1 else create  # pyright: ignore[reportAttributeAccessIssue]
     writer.save(5, tensors, {"step": 5})
     told(writer.wait)
     tell(steps=[find.step_of(path) for path in find.complete(out)])

@@ -17,7 +17,7 @@ from karakoram.checkpoint.save import flush_directory
 from karakoram.errors import CheckpointError, TrainingError
 from karakoram.train.checkpoints import dcp, find
 from karakoram.train.checkpoints import writer as writing
-from karakoram.train.checkpoints.dcp import HuggingFaceStorageWriter
+from karakoram.train.checkpoints.storage import PieceWriter
 from karakoram.train.checkpoints.writer import CheckpointWriter
 from tests.train.checkpoints import contents
 from tests.train.checkpoints.processes import lines_of, start
@@ -38,7 +38,7 @@ def _failing(error: Exception) -> Callable[..., Any]:
 PLACES: list[tuple[str, Any, str, Exception]] = [
     ("tensors", FileSystem, "create_stream", FULL),
     ("flush of tensors", os, "fsync", BROKEN),
-    ("safetensors", HuggingFaceStorageWriter, "write_data", SafetensorError("I/O error: No space left (os error 28)")),
+    ("safetensors", PieceWriter, "write_data", SafetensorError("I/O error: No space left (os error 28)")),
     ("state", writing, "write_state", FULL),
     ("flush of directory", writing, "flush_directory", BROKEN),
     ("rename", Path, "rename", BROKEN),

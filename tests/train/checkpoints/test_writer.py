@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from karakoram.errors import InputError, TrainingError
 from karakoram.train.checkpoints import dcp, find
@@ -128,6 +131,19 @@ def test_large_states_go_into_several_files(tmp_path: Path, monkeypatch: pytest.
     path = find.path_of(tmp_path, 1)
     assert len(list((path / "model").iterdir())) > 3
     assert not contents.differing(contents.loaded(path, saved), saved)
+
+
+def test_torchs_own_reader_reads_it(tmp_path: Path) -> None:
+    """What PieceWriter writes is what HuggingFaceStorageWriter would: torch and safetensors open it as theirs."""
+    saved = contents.tensors()
+    CheckpointWriter(tmp_path, asynchronous=False).save(1, saved, {})
+    directory = find.path_of(tmp_path, 1) / "model"
+    del saved["nothing"]  # without elements: state.json alone knows of it
+    into = {name: torch.full_like(tensor, 1).contiguous() for name, tensor in saved.items()}
+    load(into, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+    assert not contents.differing(into, saved)
+    (file,) = directory.iterdir()
+    assert not contents.differing(load_file(file), saved)
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from karakoram.errors import InputError
-from karakoram.train import sinks
-from karakoram.train.metrics import Metrics
-from karakoram.train.sinks import Guarded, open_sinks
+from karakoram.train.record import sinks
+from karakoram.train.record.metrics import Metrics
+from karakoram.train.record.sinks import Guarded, open_sinks
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -158,7 +158,7 @@ def test_what_looks_like_a_key_is_blotted_out(monkeypatch: pytest.MonkeyPatch) -
 
 def test_nothing_is_imported_until_it_is_asked_for() -> None:
     program = (
-        "import sys, karakoram.train.sinks as sinks, pathlib; sinks.open_sinks([], pathlib.Path('.'))\n"
+        "import sys, karakoram.train.record.sinks as sinks, pathlib; sinks.open_sinks([], pathlib.Path('.'))\n"
         "print(sorted({'wandb', 'tensorboard', 'torch'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

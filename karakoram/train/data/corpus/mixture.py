@@ -11,7 +11,7 @@ A batch is a range of rows; rank r of w takes every w-th of them, from the r-th 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ STATE_VERSION = 1
 _EPOCH, _MIX = 2, 3  # the first number of a seed says what is drawn, as numpy takes [7] and [7, 0] for one seed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """One set of shards and its weight in rows, that is in tokens; None: as many as it has.
 
@@ -40,7 +40,6 @@ class Part:
     name: str
     shards: ShardSet
     weight: float | None = None
-    plan: Plan = field(init=False)
 
 
 class Mixture:
@@ -68,8 +67,8 @@ class Mixture:
         for part in parts:
             if not len(part.shards):
                 raise TrainingError(f"The training data {part.name} hold no sample.", "Leave them out of the mixture.")
-            part.plan = pack(part.shards.lengths, sequence_tokens, seed, packing)
-        self.quotas = _quotas(parts)
+        self.plans = [pack(part.shards.lengths, sequence_tokens, seed, packing) for part in parts]
+        self.quotas = _quotas(parts, self.plans)
         self._block = lru_cache(maxsize=4)(self._draw_block)
         self._epoch = lru_cache(maxsize=2 * len(parts))(self._draw_epoch)
 
@@ -95,7 +94,7 @@ class Mixture:
         block, at = divmod(number, BLOCK)
         part_of, count_of = self._block(block)
         part = int(part_of[at])
-        epoch, row = divmod(block * self.quotas[part] + int(count_of[at]), len(self.parts[part].plan))
+        epoch, row = divmod(block * self.quotas[part] + int(count_of[at]), len(self.plans[part]))
         return part, epoch, int(self._epoch(part, epoch)[row])
 
     def _fill(
@@ -104,7 +103,7 @@ class Mixture:
         which, _, row = self.place(number)
         part = self.parts[which]
         at = 0
-        for document, (sample, start, length) in enumerate(part.plan.row(row)):
+        for document, (sample, start, length) in enumerate(self.plans[which].row(row)):
             has_next = start + length < part.shards.lengths[sample]
             found, hundredths = part.shards.read(sample, start, start + length + has_next)
             stop, known = at + length, at + length - (not has_next)
@@ -126,7 +125,7 @@ class Mixture:
         return parts, counts
 
     def _draw_epoch(self, part: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([_EPOCH, self.seed, part, epoch]).permutation(len(self.parts[part].plan))
+        return np.random.default_rng([_EPOCH, self.seed, part, epoch]).permutation(len(self.plans[part]))
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -156,16 +155,16 @@ class Mixture:
 
     def _order(self, part: int) -> str:
         """Fingerprint of the rows in their first order: another version of numpy or of this file might draw another."""
-        plan = self.parts[part].plan
+        plan = self.plans[part]
         hasher = xxhash.xxh3_64()
         for array in (plan.sample_P, plan.start_P, plan.offsets_R, self._draw_epoch(part, 0)):
             hasher.update(np.ascontiguousarray(array, "<i8").data)
         return hasher.hexdigest()
 
 
-def _quotas(parts: Sequence[Part]) -> list[int]:
+def _quotas(parts: Sequence[Part], plans: Sequence[Plan]) -> list[int]:
     """Rows of each part in a block, by largest remainders."""
-    weights = [float(len(part.plan)) if part.weight is None else part.weight for part in parts]
+    weights = [float(len(plan)) if part.weight is None else part.weight for part, plan in zip(parts, plans)]
     if any(part.weight is None for part in parts) and any(part.weight is not None for part in parts):
         raise TrainingError("Some parts of the mixture have a weight and some have none.", "Give all of them, or none.")
     if not all(0 < weight < float("inf") for weight in weights):

@@ -52,6 +52,7 @@ class Parquet:
         return {"kind": "parquet", "fields": vars(self.fields), "files": [list(f[1:]) for f in self.files]}
 
     def records(self, start: Position = BEGINNING) -> Iterator[Record]:
+        """All rows from `start`, row group by row group."""
         for index in range(start[0], len(self.files)):
             check_unchanged(self.files[index])
             with _open_parquet(self.files[index]) as table:
@@ -155,6 +156,7 @@ class HuggingFace:
         }  # fmt: skip
 
     def records(self, start: Position = BEGINNING) -> Iterator[Record]:
+        """All rows of the split from `start`, streamed."""
         row = start[1]
         try:
             data = self._builder().as_streaming_dataset(split=self.split)

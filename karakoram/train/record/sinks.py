@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from karakoram.errors import InputError
-from karakoram.train.metrics import Sink
+from karakoram.train.record.metrics import Sink
 
 SINKS = ("tensorboard", "wandb")
 _ID_FILE = "wandb.json"

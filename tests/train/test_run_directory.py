@@ -9,7 +9,7 @@ import pytest
 from karakoram.errors import TrainingError
 from karakoram.train.checkpoints.find import STATE_FILE, path_of
 from karakoram.train.config import CheckpointConfig, OptimizerConfig
-from karakoram.train.run_dir import open_run, recorded_settings, settings_of
+from karakoram.train.record.directory import open_run, recorded_settings, settings_of
 from tests.train import tiny
 
 CONFIG = tiny.train_config()

@@ -1,0 +1,148 @@
+"""Newton-Schulz: every matrix of a stack to about U·Vᵀ of its singular value decomposition, by products alone.
+
+    X ← G / ‖G‖;   a few times   A = X·Xᵀ,  X ← a·X + (b·A + c·A²)·X
+
+A step maps each singular value σ to aσ + bσ³ + cσ⁵ and leaves the singular vectors. Which (a, b, c), and how often, is
+a choice: `SETS`. Keller Jordan's five steps, K2's and Moonlight's, do not converge to 1: values from 0.01 on land in
+[0.7, 1.2] (arXiv 2502.16982, §2.2). Sets therefore differ in the RMS that a step of one learning rate has. `rms` tells
+it per set, as `benchmarks/newton_schulz_spectra.py` measured it on known spectra; `calibrate` divides by it.
+
+In bfloat16 the roundings are those of torch.optim.Muon, so both make the same numbers: the matrix is rounded, then its
+norm, then their quotient. A scale by a power of two comes before, which moves no bit of that and keeps squares of
+1e-20 from vanishing.
+
+Legend: n matrices of A rows and B columns, A ≤ B inside.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from karakoram.errors import TrainingError
+
+Spectrum = Literal["gaussian", "power_law"]
+Step = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Steps (a, b, c) in order.
+
+    rms     spectrum -> RMS(O)·√max(A, B) after them, float32, 512 × 512: "gaussian", or "power_law" with σ_i ∝ i^-1.5
+    shrink  the norm is taken this much larger: for steps that overshoot 1 and would diverge from rounding beyond it
+    """
+
+    steps: tuple[Step, ...]
+    rms: dict[Spectrum, float]
+    shrink: float = 1.0
+
+
+_JORDAN: Step = (3.4445, -4.7750, 2.0315)
+# Polar Express (arXiv 2505.16932), rounded as published; the first maps 1 to 1.76, from where 2 % more would diverge
+_POLAR_EXPRESS: tuple[Step, ...] = (
+    (8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250), (3.2856, -2.4153, 0.4853),
+    (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585), (1.8564, -1.2132, 0.3568), (1.8750, -1.2500, 0.3750),
+)  # fmt: skip
+_YOU: tuple[Step, ...] = (
+    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)  # fmt: skip
+
+SETS: dict[str, Coefficients] = {
+    "jordan": Coefficients((_JORDAN,) * 5, {"gaussian": 1.0, "power_law": 1.0}),
+    "you": Coefficients(_YOU, {"gaussian": 1.0, "power_law": 1.0}),
+    "polar_express_5": Coefficients(_POLAR_EXPRESS[:5], {"gaussian": 1.0, "power_law": 1.0}, 1.02),
+    "polar_express_8": Coefficients(_POLAR_EXPRESS, {"gaussian": 1.0, "power_law": 1.0}, 1.02),
+    # eight steps that pull small values up, two that converge
+    "deepseek_8_2": Coefficients((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, {"gaussian": 1.0, "power_law": 1.0}),
+}
+# Numbers that are worked on at once: a step's inputs and results should stay in a last-level cache (32 MiB here).
+CHUNK_NUMBERS = 1 << 21
+
+
+def named(coefficients: str) -> Coefficients:
+    """A set by name. Raises TrainingError for a name that is none."""
+    if coefficients not in SETS:
+        raise TrainingError(f"There is no set of coefficients {coefficients!r}.", f"Take one of {', '.join(SETS)}.")
+    return SETS[coefficients]
+
+
+@torch.no_grad()
+def orthogonalize(
+    stack_nAB: Tensor,
+    coefficients: str = "jordan",
+    dtype: torch.dtype = torch.bfloat16,
+    calibrate: Spectrum | None = None,
+) -> Tensor:
+    """Each matrix of a stack [..., A, B], tall or wide -> about U·Vᵀ, in `dtype`; the stack stays as it is.
+
+    Zero gives zero, and scale does not matter down to 1e-38. With `calibrate`, the RMS of a full-rank result is that of
+    an exact U·Vᵀ, 1/√max(A, B), where the input has the spectrum named.
+    """
+    chosen, tall = named(coefficients), stack_nAB.shape[-2] > stack_nAB.shape[-1]
+    lying = stack_nAB.mT if tall else stack_nAB
+    shape = lying.shape
+    lying = lying.reshape(-1, *shape[-2:])
+    out = torch.empty(lying.shape, dtype=dtype, device=lying.device)
+    count = max(1, CHUNK_NUMBERS // max(1, shape[-2] * shape[-1])) if lying.device.type == "cpu" else len(lying)
+    for source, target in zip(lying.split(max(1, count)), out.split(max(1, count)), strict=True):
+        _iterate(_normalized(source, dtype, chosen.shrink), chosen.steps, target)
+    if calibrate is not None:
+        out.mul_(1 / chosen.rms[calibrate])
+    return out.view(shape).mT if tall else out.view(shape)
+
+
+def _normalized(lying_nAB: Tensor, dtype: torch.dtype, shrink: float) -> Tensor:
+    """X of Frobenius norm 1 (over `shrink`), a copy in `dtype`."""
+    x = lying_nAB.contiguous() if lying_nAB.dtype in (torch.float32, torch.float64) else lying_nAB.float().contiguous()
+    x = (x * _power_of_two(x)).to(dtype)
+    norm_n11 = torch.linalg.vector_norm(x.flatten(1), dim=1)[:, None, None]
+    if shrink != 1:
+        norm_n11 = norm_n11 * shrink
+    return x.div_(norm_n11.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _power_of_two(x_nAB: Tensor) -> Tensor:
+    """[n, 1, 1] in x's dtype: 2^-e of each matrix's largest magnitude in [2^e, 2^(e+1)), by its exponent's bits."""
+    largest_n = torch.linalg.vector_norm(x_nAB.flatten(1), ord=float("inf"), dim=1).float()
+    # fields of 8 bits, 127 for 2^0; the clamp keeps the inverse a normal number, for zero too
+    field_n = (largest_n.view(torch.int32) >> 23).clamp(1, 253)
+    return ((254 - field_n) << 23).view(torch.float32).to(x_nAB.dtype)[:, None, None]
+
+
+def _iterate(x_nAB: Tensor, steps: tuple[Step, ...], out_nAB: Tensor) -> None:
+    """All steps on contiguous matrices A ≤ B; the last writes to `out`, `x` is used up."""
+    gram_nAA = x_nAB.new_empty(*x_nAB.shape[:-1], x_nAB.shape[-2])
+    mix_nAA = torch.empty_like(gram_nAA)
+    before, after = x_nAB, out_nAB
+    for a, b, c in steps:
+        torch.bmm(before, before.mT, out=gram_nAA)
+        torch.baddbmm(gram_nAA, gram_nAA, gram_nAA, beta=b, alpha=c, out=mix_nAA)
+        torch.baddbmm(before, mix_nAA, before, beta=a, out=after)
+        before, after = after, before
+    if before is not out_nAB:
+        out_nAB.copy_(before)
+
+
+@cache
+def faster_dtype(n: int = 16, rows: int = 128, columns: int = 256) -> torch.dtype:
+    """bfloat16 or float32: whichever iterates faster on such a stack here, on the CPU (best of 6).
+
+    Without bfloat16 instructions a CPU emulates its products, at a tenth of float32's speed.
+    """
+    stack = torch.ones(n, rows, columns)
+    return min((torch.bfloat16, torch.float32), key=lambda dtype: _best_s(lambda: orthogonalize(stack, dtype=dtype)))
+
+
+def _best_s(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)  # what else runs on the machine only adds
