@@ -97,7 +97,7 @@ def test_a_batch_depends_on_its_number_alone(cache: Path) -> None:
     used = _batches(cache)
     epoch = sum(1 for _ in used._epoch_rows(0))
     for number in (3, epoch - 1, epoch, 2 * epoch + 7, 3, 0, epoch + 1):  # forwards over epochs, and back
-        for a, b in zip(used[number], _batches(cache)[number]):
+        for a, b in zip(used[number][:3], _batches(cache)[number][:3]):  # no documents within rows
             assert torch.equal(a, b), f"batch {number}"
     with pytest.raises(IndexError, match="numbered from 0"):
         _ = used[-1]

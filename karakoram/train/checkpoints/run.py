@@ -14,7 +14,7 @@ from karakoram.train.config import CheckpointConfig
 
 _COUNTERS: dict[str, type | tuple[type, ...]] = {
     "step": int, "tokens": int, "position": int, "elapsed_s": (int, float), "seed": int, "int4_experts": bool,
-    "guard": dict,
+    "guard": dict, "data": dict,
 }  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _compositions(counts: np.ndarray, T: int) -> list[tuple[int, Composition]]:
                 if not open_rows[room]:
                     del open_rows[room], rooms[at]
             many = min(room // length, left)
-            served = 1
+            served = min(rows, left // many)
             put(room - many * length, served, (*composition, (length, many)))
             if composition:
                 put(room, rows - served, composition)
