@@ -238,6 +238,30 @@ def experts(
     _finish(found, as_json)
 
 
+@bench_command.command("train")
+def train(
+    layer: Annotated[bool, typer.Option("--layer", help="One layer of 64 experts instead of a whole step.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each candidate in a round.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the candidates take turns.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Training of a 29M model of K2's shape, beside transformers where that is installed.
+
+    Every candidate runs in a process of its own, one at a time; all in turn.
+
+    \b
+    Examples:
+      k2 bench train --json
+      k2 bench train --layer --rounds 9
+    """
+    if layer:
+        from karakoram.evals.bench.train.layer import layer_bench as bench
+    else:
+        from karakoram.evals.bench.train.step import train_bench as bench
+    _finish(bench(steps, rounds, _threads(threads), _progress()), as_json)
+
+
 # ------------------------------------------------------------------------------------------------ in and out
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from karakoram.distributed.mesh import Ranks
 
@@ -48,14 +48,28 @@ class Layout:
         """The rows of `held`, of dimension 0."""
         return self.held[0]
 
-    def whole(self, local: Tensor) -> Tensor | DTensor:
-        """This rank's part as a part of the whole, sharing memory: what a checkpoint writes, and reads into."""
+    def whole(self, local: Tensor) -> Tensor:
+        """This rank's part as a DTensor of the whole, sharing memory: what a checkpoint writes, and reads into.
+
+        With one rank the part is the whole, and comes back as it is.
+        """
         if self.mesh is None:
             return local
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
         )
+
+    def gathered(self, local: Tensor) -> Tensor:
+        """The whole on every rank, from each rank's part; on every rank."""
+        if self.mesh is None:
+            return local
+        spread, placements = self.whole(local), list[Placement](self.placements)
+        assert isinstance(spread, DTensor)
+        for dim in reversed(range(len(placements))):  # one at a time, as they were cut: torch warns of doing both
+            placements[dim] = Replicate()
+            spread = spread.redistribute(placements=placements)
+        return spread.to_local()
 
 
 def alone(shape: Sequence[int]) -> Layout:

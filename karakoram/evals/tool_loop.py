@@ -16,8 +16,8 @@ from karakoram.train.data.documents import Message, Scenario
 
 GenerateBatch = Callable[[list[list[int]], int, Collection[int]], Sequence[Sequence[int]]]
 
-MAX_ROUNDS = 4  # the longest wanted chain has two steps and an answer; one more to correct a mistake
-MAX_NEW_TOKENS = 192  # the longest wanted assistant message has about 120
+MAX_ROUNDS = 7  # the longest wanted chain has five steps and an answer; one more to correct a mistake
+MAX_NEW_TOKENS = 512  # the longest wanted assistant message, five calls at once, has about 400
 
 
 @dataclass(slots=True)

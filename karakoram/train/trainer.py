@@ -403,12 +403,14 @@ class Trainer:
         self.masters.publish()
 
     def finish(self) -> Path:
-        """Write the finished model to OUT/model: routed experts int4 if they were trained so."""
+        """Write the finished model to OUT/model: routed experts int4 if they were trained so, or were and stayed so."""
         self.masters.int4_experts = self.config.int4_from < 1
         self.masters.publish()
         path, state = self.out / "model", self._whole_state()
+        untouched = not any(".experts." in name for name in self.masters.weights)
+        int4 = self.masters.int4_experts or (untouched and self.config.model.weight_format == "int4")
         if self.ranks.is_main:
-            write_model(state, self.config.model, path, self.files, int4=self.masters.int4_experts)
+            write_model(state, self.config.model, path, self.files, int4)
         self.ranks.barrier()
         return path
 

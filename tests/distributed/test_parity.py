@@ -75,6 +75,7 @@ def test_ranks_train_as_one_process(
             wanted, got = (torch.tensor(one[key], dtype=torch.float64) for one in (alone, found))
             assert ((got - wanted).abs() / wanted).max() <= LOSS_TOLERANCE, key
         assert torch.allclose(torch.tensor(found["logits"]), torch.tensor(alone["logits"]), rtol=1e-4)
+        assert found["update_rms"] == pytest.approx(alone["update_rms"], rel=1e-3)
         assert found["loads"] == {str(layer): load for layer, load in alone["loads"].items()}
         assert found["margins"] == {
             str(layer): ROWS * 12 * RUNS[world][number]["experts"] for layer in alone["margins"]

@@ -55,7 +55,8 @@ def train(
         held = layouts[name].held
         assert weight.shape == tuple(one.stop - one.start for one in held), (name, weight.shape, held)
     matrices = {n: w for n, w in weights.items() if w.ndim > 1 and "embed" not in n and "head" not in n}
-    muon = OwnedMuon(matrices, layouts, ranks, orthogonal=orthogonal, round_numbers=5000)  # several rounds
+    # in bfloat16 a gradient's last bit becomes the direction's third digit; several rounds
+    muon = OwnedMuon(matrices, layouts, ranks, dtype=torch.float32, round_numbers=5000)
     adamw = AdamW({n: w for n, w in weights.items() if n not in matrices})
     watch, biases, told = (
         Watch(threshold=1e9, margins=True),
@@ -86,16 +87,12 @@ def train(
             with torch.no_grad():
                 told["held_out"] = float(model.hidden(batch(STEPS)[0]).square().mean())
             gather_anew(model)
+    told["update_rms"] = muon.update_rms()
     told["loads"] = {layer: load_E.tolist() for layer, load_E in watch.loads.items()}
     told["margins"] = {layer: int(counts_EQ.sum()) for layer, counts_EQ in watch.margin_counts.items()}
-    told["weights"] = {name: whole(layouts[name].whole(weight)) for name, weight in weights.items()}
-    told["momenta"] = {name: whole(layouts[name].whole(buffer)) for name, buffer in muon.state().items()}
+    told["weights"] = {name: layouts[name].gathered(weight) for name, weight in weights.items()}
+    told["momenta"] = {name: layouts[name].gathered(buffer) for name, buffer in muon.state().items()}
     return told
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All rows, on every rank."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,15 +100,6 @@ def batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(0, 40, (ROWS, LENGTH + 1), generator=generator)
     return ids[:, :-1], (ids[:, :-1] * 3 + 1) % 40, torch.rand(ROWS, LENGTH, generator=generator)
-
-
-def orthogonal(stack_nAB: Tensor) -> Tensor:
-    """Five of Jordan's steps in float32: in bfloat16 a gradient's last bit becomes the direction's third digit."""
-    x = stack_nAB / stack_nAB.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
 
 
 # ---------------------------------------------------------------------------------------------------- tasks

@@ -36,6 +36,8 @@ COLUMNS: dict[str, tuple[str, Show]] = {
     "sequences": ("sequences", _whole),
     "prompt_tokens": ("prompt", _whole),
     "tokens_per_s": ("tokens/s", _number),
+    "slowest_tokens_per_s": ("slowest", _number),
+    "fastest_tokens_per_s": ("fastest", _number),
     "tokens": ("tokens", _whole),
     "context": ("context", _whole),
     "batch": ("batch", _whole),

@@ -15,12 +15,16 @@ Message = dict[str, Any]
 
 @dataclass(slots=True)
 class Document:
-    """A finished conversation; `tools` are OpenAI declarations."""
+    """A finished conversation; `tools` are OpenAI declarations.
+
+    mistakes  which messages are calls gone wrong: they are shown, followed by their correction, and never learned
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     thinking: bool = True
     text: str | None = None  # plain text instead of a conversation
+    mistakes: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

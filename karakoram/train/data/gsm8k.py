@@ -1,7 +1,8 @@
 """GSM8K as conversations with a calculator: each `<<48/2=24>>` of a worked answer becomes a call and its result.
 
-The text before a calculation becomes the thought that leads to it. A problem is kept only if the calculator reproduces
-every result, so that the model never learns to distrust the tool. The last 500 problems are held out and only scored.
+Thoughts are those of generated word problems: the result so far is quoted, then comes the next calculation. A problem is
+kept only if the calculator reproduces every result, so that the model never learns to distrust the tool. The last 500
+problems are held out and only scored.
 Source: openai/grade-school-math (MIT), `train.jsonl`, which the user supplies with `--data DIR`.
 """
 
@@ -31,10 +32,6 @@ def find_gsm8k(data_dir: Path) -> Path:
     )
 
 
-def _clean(thought: str) -> str:
-    return " ".join(thought.replace("$", "").split()).strip()
-
-
 def rewrite(question: str, answer: str) -> Scenario | None:
     """The problem as a conversation, or None when the calculator does not reproduce the worked answer."""
     body, _, final = answer.partition("####")
@@ -57,7 +54,8 @@ def rewrite(question: str, answer: str) -> Scenario | None:
             "type": "function",
             "function": {"name": CALCULATOR.name, "arguments": json.dumps({"expression": expression})},
         }
-        thought = f"Need {expression}. Use {CALCULATOR.name}: expression = {expression}."
+        before = f"The result is {messages[-1]['content']}. Now" if index else "First"
+        thought = f"{before} {expression}. Use {CALCULATOR.name}: expression = {expression}."
         messages.append({"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]})
         messages.append({"role": "tool", "tool_call_id": call_id, "content": result})
     if not re.fullmatch(r"-?\d+(\.\d+)?", final) or format_number(evaluate(final)) != messages[-1]["content"]:

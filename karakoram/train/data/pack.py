@@ -1,7 +1,8 @@
 """Documents become token ids with a weight per token, and many documents become one cache on disk.
 
-What the model writes (thought, content, calls, the closing `<|im_end|>`) weighs 1.0; what it reads weighs 0.1, enough
-to learn the language and not so much that random names dominate the loss; plain text weighs 1.0.
+What the model writes (thought, content, calls, the closing `<|im_end|>`) weighs 1.0; what it reads weighs 0.1 in
+pretraining, enough to learn the language and not so much that random names dominate the loss, and nothing afterwards; a
+call that goes wrong, and is corrected after it, weighs nothing; plain text weighs 1.0.
 
 The kimi-k2.5 template drops the reasoning of finished turns. So a conversation of several user turns gives one sample
 per turn: history as inference will see it (with an empty think block), then the last chain with its reasoning. A test
@@ -18,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from karakoram.train.data.plain_text import read_texts
 
 READ_WEIGHT = 0.1
 WRITTEN_WEIGHT = 1.0
-MAX_SAMPLE_TOKENS = 640
+MAX_SAMPLE_TOKENS = 896  # five calls; of the mix `sft` 0.3 % are longer
 CHUNK_DOCUMENTS = 256
 
 Sample = tuple[list[int], list[float]]
@@ -42,16 +43,48 @@ Sample = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Shares of chunks by source; `data_dir` holds `gsm8k/train.jsonl` and `text/*.txt` where they are above 0."""
+    """What a cache is made of.
+
+    dialogs, gsm8k, text  shares of chunks by source; `data_dir` holds `gsm8k/train.jsonl` and `text/*.txt` where they are
+                          above 0
+    rich                  dialogs from all phrasings, not only the first ones
+    families              which of `dialogs.MIXES` the dialogs are drawn from
+    read_weight           weight of what is only read, in tenths between 0 and 1
+    """
 
     dialogs: float = 1.0
     gsm8k: float = 0.0
     text: float = 0.0
     data_dir: str | None = None
-    rich: bool = False  # dialogs from all phrasings
+    rich: bool = False
+    families: str = "pretrain"
+    read_weight: float = READ_WEIGHT
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.read_weight <= 1 or abs(self.read_weight * 10 - round(self.read_weight * 10)) > 1e-9:
+            raise TrainingError(
+                f"A weight of {self.read_weight} for what is read cannot be stored.", "Choose one of 0, 0.1 … 1."
+            )
+        if self.families not in dialogs.MIXES:
+            raise TrainingError(
+                f"There is no mix {self.families!r} of dialogs.", f"Choose one of {', '.join(dialogs.MIXES)}."
+            )
 
 
-def document_samples(fmt: ChatFormat, document: Document) -> list[Sample]:
+PRETRAIN = Mix()
+SFT = Mix(rich=True, families="sft", read_weight=0.0)
+
+
+def stage_mix(stage: str, data_dir: Path | None = None) -> Mix:
+    """The mix of nano's stage `pretrain`, or of `sft` and what follows it, with GSM8K (and text, before) if there is data."""
+    mix = PRETRAIN if stage == "pretrain" else SFT
+    if data_dir is None:
+        return mix
+    text = 0.08 if stage == "pretrain" else 0.0
+    return replace(mix, dialogs=0.88 - text, gsm8k=0.12, text=text, data_dir=str(data_dir))
+
+
+def document_samples(fmt: ChatFormat, document: Document, read_weight: float = READ_WEIGHT) -> list[Sample]:
     """One sample per user turn, oldest first; one of weight 1.0 for plain text."""
     if document.text is not None:
         ids = [*fmt.tokenizer.encode(document.text), fmt.tokenizer.special_ids["[EOS]"]]
@@ -62,10 +95,10 @@ def document_samples(fmt: ChatFormat, document: Document) -> list[Sample]:
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and not message.get("tool_calls")
     ]
-    return [_turn_sample(fmt, document, messages[: end + 1]) for end in ends]
+    return [_turn_sample(fmt, document, messages[: end + 1], read_weight) for end in ends]
 
 
-def _turn_sample(fmt: ChatFormat, document: Document, messages: list[Message]) -> Sample:
+def _turn_sample(fmt: ChatFormat, document: Document, messages: list[Message], read_weight: float) -> Sample:
     """The conversation that ends with a final answer. All but that answer is what inference encodes before it."""
     special = fmt.tokenizer.special_ids
     thinking = document.thinking
@@ -76,28 +109,40 @@ def _turn_sample(fmt: ChatFormat, document: Document, messages: list[Message]) -
         ids.append(special["</think>"])
     ids += fmt.tokenizer.encode(answer["content"])
     ids.append(special["<|im_end|>"])
-    weights = [READ_WEIGHT] * len(ids)
+    weights = [read_weight] * len(ids)
+    weights_of = _written_weights(document, messages)
     last_user = len(ids) - 1 - ids[::-1].index(special["<|im_user|>"])
     opening = special["<think>"] if thinking else special["</think>"]  # the last token of the generation prompt
     written = inside = False
+    weight = WRITTEN_WEIGHT
     for index in range(last_user, len(ids)):
         token = ids[index]
         if written:
-            weights[index] = WRITTEN_WEIGHT
+            weights[index] = weight
             written = token != special["<|im_end|>"]
             inside = written
         elif token == special["<|im_assistant|>"]:
             inside = True
         elif inside and token == opening:
-            written = True
+            written, weight = True, next(weights_of)
     return ids, weights
 
 
-def samples(fmt: ChatFormat, seed: int, start_index: int = 0, split: Split = "train") -> Iterator[Sample]:
+def _written_weights(document: Document, messages: list[Message]) -> Iterator[float]:
+    """The weight of each assistant message after the last one of the user, in order."""
+    last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
+    for index in range(last_user, len(messages)):
+        if messages[index]["role"] == "assistant":
+            yield 0.0 if index in document.mistakes else WRITTEN_WEIGHT
+
+
+def samples(
+    fmt: ChatFormat, seed: int, start_index: int = 0, split: Split = "train", mix: Mix = PRETRAIN
+) -> Iterator[Sample]:
     """Samples of generated dialogs from document `start_index` on, without end."""
     index = start_index
     while True:
-        yield from document_samples(fmt, dialogs.generate(seed, index, split))
+        yield from document_samples(fmt, dialogs.generate(seed, index, split, mix.rich, mix.families), mix.read_weight)
         index += 1
 
 
@@ -112,7 +157,7 @@ def _documents(mix: Mix, seed: int, chunk: int) -> Iterator[Document]:
     first = chunk * CHUNK_DOCUMENTS
     if source == "dialogs":
         for index in range(first, first + CHUNK_DOCUMENTS):
-            yield dialogs.generate(seed, index, rich=mix.rich)
+            yield dialogs.generate(seed, index, rich=mix.rich, mix=mix.families)
         return
     read = read_gsm8k if source == "gsm8k" else read_texts
     known = read(Path(mix.data_dir or "."))
@@ -136,7 +181,7 @@ def _chunk(mix: Mix, seed: int, chunk: int) -> tuple[np.ndarray, np.ndarray, np.
     weights: list[float] = []
     lengths: list[int] = []
     for document in _documents(mix, seed, chunk):
-        for sample_ids, sample_weights in document_samples(_FORMAT, document):
+        for sample_ids, sample_weights in document_samples(_FORMAT, document, mix.read_weight):
             if len(sample_ids) <= MAX_SAMPLE_TOKENS:
                 ids += sample_ids
                 weights += sample_weights

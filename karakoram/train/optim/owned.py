@@ -15,8 +15,9 @@ needs the matrix. Experts that a rank holds whole need no travel and no owner.
 Legend: n matrices of A rows and B columns.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,10 @@ from torch import Tensor
 from karakoram.distributed.collectives import exchange
 from karakoram.distributed.layout import Box, Layout, numbers
 from karakoram.distributed.mesh import Mesh
-from karakoram.train.optim.muon import MOMENTUM, UPDATE_RMS, orthogonalize
+from karakoram.train.optim.muon import MOMENTUM, factor, nesterov
+from karakoram.train.optim.newton_schulz import Spectrum, named, orthogonalize
 from karakoram.train.optim.owners import Unit, owned_units, rounds
+from karakoram.train.optim.splits import Split, whole
 
 # Numbers of a rank's rows that are under way at once: 2 GB in float32, beside as much for the directions. Fewer would
 # let ranks wait for the longest of a few matrices.
@@ -34,11 +37,11 @@ ROUND_NUMBERS = 1 << 29
 
 
 class OwnedMuon:
-    """`Muon`'s calls over weights that are this rank's parts of the whole.
+    """`Muon`'s calls over weights that are this rank's parts of the whole, with `Muon`'s options.
 
-    layouts     of each weight, by name
-    orthogonal  [n, A, B], A ≤ B, float32 -> each matrix's U·Vᵀ, about: the one place where Newton-Schulz is chosen
-    units       what this rank holds a part of, in the same order on all that do
+    layouts        of each weight, by name
+    round_numbers  see `ROUND_NUMBERS`
+    units          what this rank holds a part of, in the same order on all that do
     """
 
     def __init__(
@@ -48,12 +51,23 @@ class OwnedMuon:
         ranks: Mesh,
         weight_decay: float = 0.1,
         momentum: float = MOMENTUM,
-        orthogonal: Callable[[Tensor], Tensor] = orthogonalize,
+        *,
+        nesterov: bool = True,
+        mean: bool = False,
+        coefficients: str = "jordan",
+        calibrate: Spectrum | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        splits: Mapping[str, Split] | None = None,
         round_numbers: int = ROUND_NUMBERS,
     ) -> None:
+        named(coefficients)
         self.weights, self.ranks, self.weight_decay, self.momentum = dict(weights), ranks, weight_decay, momentum
-        self.layouts, self.orthogonal = {name: layouts[name] for name in self.weights}, orthogonal
-        self.buffers = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.layouts = {name: layouts[name] for name in self.weights}
+        self.nesterov, self.mean, self.coefficients = nesterov, mean, coefficients
+        self.calibrate: Spectrum | None = calibrate
+        self.dtype, self.splits = dtype, dict(splits or {})
+        self.buffers = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in self.weights.items()}
+        self._squares: dict[str, Tensor] = {}
         self.units: dict[str, list[Unit]] = defaultdict(list)
         for unit in owned_units(self.layouts, ranks.world):
             if ranks.rank in unit.holders:
@@ -67,13 +81,24 @@ class OwnedMuon:
         Weights without a gradient keep still; which ones, all ranks agree on.
         """
         for names in self._rounds:
-            wanted = {name: self._nesterov(name, gradients[name], scale) for name in names if name in gradients}
+            wanted = {name: self._momentum(name, gradients[name], scale) for name in names if name in gradients}
             here = [name for name in wanted if name not in self.units]
-            directions = dict(zip(here, self._orthogonalized([wanted[name] for name in here]), strict=True))
-            for name, direction in (directions | self._by_owners(wanted)).items():
-                factor = UPDATE_RMS * max(self.layouts[name].shape[-2:]) ** 0.5
+            made = self._directions([(name, wanted[name]) for name in here])
+            for name, direction in (dict(zip(here, made, strict=True)) | self._by_owners(wanted)).items():
+                self._squares[name] = torch.linalg.vector_norm(direction).square()
                 weight = self.weights[name].mul_(1 - learning_rate * self.weight_decay)
-                weight.add_(direction, alpha=-learning_rate * factor)
+                weight.add_(direction, alpha=-learning_rate)
+
+    def update_rms(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """RMS of the last update of whole weights over the learning rate, decay left out; on every rank, one sum.
+
+        0 before the first update. Default: all weights.
+        """
+        chosen = list(self.weights if names is None else names)
+        zero = torch.zeros((), device=self.ranks.device)
+        squares = self.ranks.sum_(torch.stack([self._squares.get(name, zero) for name in chosen] or [zero]))
+        sizes = [math.prod(self.layouts[name].shape) for name in chosen]
+        return {name: (float(s) / size) ** 0.5 for name, s, size in zip(chosen, squares, sizes)}
 
     def state(self) -> dict[str, Tensor]:
         """Momentum by weight name, split as the weight is: `Layout.whole` makes it part of a whole for a checkpoint."""
@@ -84,10 +109,10 @@ class OwnedMuon:
         for name, buffer in self.buffers.items():
             buffer.copy_(state[name])
 
-    def _nesterov(self, name: str, gradient: Tensor, scale: float) -> Tensor:
-        gradient = gradient.float() * scale
-        buffer = self.buffers[name].mul_(self.momentum).add_(gradient)
-        return gradient.add_(buffer, alpha=self.momentum)
+    def _momentum(self, name: str, gradient: Tensor, scale: float) -> Tensor:
+        buffer = self.buffers[name]
+        ahead = nesterov(gradient, buffer, self.momentum, scale, self.mean)
+        return ahead if self.nesterov else buffer
 
     def _by_owners(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of the directions of what is cut over ranks: two all-to-alls, the owners' work between."""
@@ -101,11 +126,12 @@ class OwnedMuon:
         from_rank = [sum(self._size(unit, rank) for unit in mine) for rank in range(world)]
         parts = [wanted[unit.name][_within(self._cut(unit, me), self.layouts[unit.name].held)] for unit in sending]
         arrived = exchange(_joined(parts, self.ranks.device), to_owner, from_rank, group)
-        wholes = self._orthogonalized(self._assembled(mine, arrived))
+        assembled = self._assembled(mine, arrived)
+        wholes = self._directions([(unit.name, made) for unit, made in zip(mine, assembled, strict=True)])
         back = [
-            whole[_within(self._cut(unit, rank), unit.part)]
+            direction[_within(self._cut(unit, rank), unit.part)]
             for rank in range(world)
-            for unit, whole in zip(mine, wholes, strict=True)
+            for unit, direction in zip(mine, wholes, strict=True)
         ]
         returned = exchange(_joined(back, self.ranks.device), from_rank, to_owner, group)
         directions = {name: torch.empty_like(part) for name, part in wanted.items() if name in self.units}
@@ -120,8 +146,8 @@ class OwnedMuon:
         sizes = [self._size(unit, rank) for rank in range(self.ranks.world) for unit in units]
         parts = iter(arrived.split(sizes))
         for rank in range(self.ranks.world):
-            for unit, whole in zip(units, wholes, strict=True):
-                into = whole[_within(self._cut(unit, rank), unit.part)]
+            for unit, made in zip(units, wholes, strict=True):
+                into = made[_within(self._cut(unit, rank), unit.part)]
                 into.copy_(next(parts).view_as(into))
         return wholes
 
@@ -132,20 +158,22 @@ class OwnedMuon:
     def _size(self, unit: Unit, rank: int) -> int:
         return numbers(self._cut(unit, rank))
 
-    def _orthogonalized(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Directions in float32 of whole matrices or stacks of them; those of one shape, lying, go together."""
-        same_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, matrix in enumerate(matrices):
-            same_shape[tuple(sorted(matrix.shape[-2:]))].append(number)
-        directions = list(matrices)
-        for chosen in same_shape.values():
-            stacks = [_lying(matrices[number]) for number in chosen]
-            together = torch.cat(stacks)
-            made = self.orthogonal(together).float() if len(together) else together
-            for number, part in zip(chosen, made.split([len(stack) for stack in stacks]), strict=True):
-                standing = matrices[number].shape[-2] > matrices[number].shape[-1]
-                directions[number] = (part.mT if standing else part).reshape(matrices[number].shape)
-        return directions
+    def _directions(self, matrices: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """0.2·√max(A, B)·O in float32 of whole matrices or stacks, by name; those of one shape go together."""
+        made = [torch.empty_like(matrix) for _, matrix in matrices]
+        same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (name, matrix), into in zip(matrices, made, strict=True):
+            split = self.splits.get(name, whole)
+            for view, target in zip(split(matrix), split(into), strict=True):
+                same_shape[view.shape[-2:]].append((view, target))
+        for shape, pairs in same_shape.items():
+            stack = torch.cat([view.reshape(-1, *shape) for view, _ in pairs])
+            if len(stack):
+                parts = orthogonalize(stack, self.coefficients, self.dtype, self.calibrate)
+                counts = [target.numel() // shape.numel() for _, target in pairs]
+                for (_, target), part in zip(pairs, parts.split(counts), strict=True):
+                    torch.mul(part.view(target.shape).float(), factor(shape), out=target)
+        return made
 
 
 def _overlap(a: Box, b: Box) -> Box:
@@ -161,9 +189,3 @@ def _within(box: Box, outer: Box) -> Box:
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0, device=device)
-
-
-def _lying(matrix: Tensor) -> Tensor:
-    """As a stack of matrices no taller than wide: [..., A, B] -> [n, A, B]."""
-    stack = matrix[None] if matrix.ndim == 2 else matrix
-    return stack.mT if stack.shape[-2] > stack.shape[-1] else stack

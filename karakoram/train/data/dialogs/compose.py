@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from karakoram.tools import BUILTIN, Tool
+from karakoram.tools import call as run_call
 from karakoram.tools.tool import ToolError
 from karakoram.train.data.dialogs.arithmetic import CALCULATE, OPERATE
 from karakoram.train.data.dialogs.calendar import DATE_ADD, DATE_DIFFERENCE, WEEKDAY
@@ -50,6 +51,8 @@ _SYSTEM = Phrases(
     Use a tool if one helps.
     Please be brief.""",
 )
+SILENT_SHARE = 0.15  # of conversations without thinking; in rich training more, since they went wrong twice as often
+SILENT_SHARE_RICH = 0.22
 _BUSY = ("error: busy, try again", "error: timeout", "error: temporary failure, try again", "error: try again")
 
 
@@ -61,6 +64,7 @@ class _Talk:
     thinking: bool
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
+    mistakes: list[int] = field(default_factory=list)  # messages that nobody should learn to write
 
 
 def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenario:
@@ -69,15 +73,17 @@ def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenari
     system = tasks[0].system
     if system is None and rng.random() < 0.15:
         system = _SYSTEM.pick(rng, split)
-    talk = _Talk(bound, thinking=rng.random() >= 0.15)
+    silent = SILENT_SHARE_RICH if split == "train" and getattr(rng, "rich", False) else SILENT_SHARE
+    talk = _Talk(bound, thinking=rng.random() >= silent)
     if system is not None:
         talk.messages.append({"role": "system", "content": system})
     for task in tasks:
-        question = spell_numbers(task.question, rng) if task.family == "calculator" else task.question
-        _turn(talk, task, question if task.verbatim else say(question, rng, split))
+        spelled = task.family in ("calculator", "word_problem")
+        question = spell_numbers(task.question, rng) if spelled else task.question
+        _turn(talk, task, question if task.verbatim else say(question, rng, split), rng)
     tools = [bound_tool.tool for bound_tool in order]
     failure = tasks[-1].failure
-    document = Document(talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking)
+    document = Document(talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking, mistakes=tuple(talk.mistakes))
     if failure is not None:
         failing = _of(talk, tasks[-1].steps[0][0]).tool
         tools = [_fails_first(tool, failure) if tool is failing else tool for tool in tools]
@@ -103,6 +109,7 @@ def _declare(tasks: list[Task], rng: Random, split: Split, demo: bool) -> tuple[
     extra: list[Capability] = [rival for task in tasks for rival in task.rivals if rng.random() < 0.4]
     actions = all(task.family != "missing_tool" for task in tasks)  # nothing that could do what is refused
     want = (0, 0, 1, 1, 1, 2, 2, 3)[int(rng.random() * 8)]
+    want = min([want, *(task.company for task in tasks)])
     while len(extra) < want:
         candidate = (
             distractor(rng, split) if actions and rng.random() < 0.5 else _COMPANY[int(rng.random() * len(_COMPANY))]
@@ -130,12 +137,16 @@ def _of(talk: _Talk, use: Use) -> Bound:
     return talk.bound.get(str(id(use.capability))) or talk.bound[use.capability.key]
 
 
-def _turn(talk: _Talk, task: Task, question: str) -> None:
+def _turn(talk: _Talk, task: Task, question: str, rng: Random) -> None:
     talk.messages.append({"role": "user", "content": question})
     result = ""
     failure = task.failure
     for step in task.steps:
-        if failure is not None:
+        if task.mistaken and step is task.steps[0]:
+            _mistake(talk, step[0], rng)
+            use = step[0]
+            result = _call(talk, [Use(use.capability, use.values, f"A name was wrong. {use.thought}")], None)
+        elif failure is not None:
             _call(talk, step, [failure] * len(step))
             failure = None
             again = [Use(use.capability, use.values, "It failed. Try again.") for use in step]
@@ -176,6 +187,38 @@ def _call(talk: _Talk, step: list[Use], results: list[str] | None) -> str:
     talk.messages.append(message)
     talk.messages += [{"role": "tool", "tool_call_id": call_id, "content": answer} for call_id, answer in answers]
     return plain if len(step) == 1 and results is None else " and ".join(answer for _, answer in answers)
+
+
+def _mistake(talk: _Talk, use: Use, rng: Random) -> None:
+    """The call with a wrong name of the tool or of an argument, and the error that the tool loop answers with."""
+    bound = _of(talk, use)
+    arguments = bound.arguments(use.values)
+    name, names = bound.tool.name, list(arguments)
+    others = [key for other in talk.bound.values() if other is not bound for key in other.names.values()]
+    if rng.random() < 0.3:
+        name = _garbled(name, rng)
+    else:
+        at = int(rng.random() * len(names))
+        wrong = others[int(rng.random() * len(others))] if others and rng.random() < 0.6 else _garbled(names[at], rng)
+        names[at] = wrong if wrong not in names else _garbled(names[at], rng)
+    given = dict(zip(names, arguments.values(), strict=True))
+    text = json.dumps(given, ensure_ascii=False)
+    answer = f"error: there is no tool {name}" if name != bound.tool.name else run_call(bound.tool, text)
+    call_id = f"functions.{name}:{talk.calls}"
+    talk.calls += 1
+    values = ", ".join(f"{key} = {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    message = _assistant(talk, f"{use.thought} Use {name}: {values}.", "")
+    message["tool_calls"] = [{"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}]
+    talk.mistakes.append(len(talk.messages))
+    talk.messages += [message, {"role": "tool", "tool_call_id": call_id, "content": answer}]
+
+
+def _garbled(name: str, rng: Random) -> str:
+    """The name with two letters replaced, as a model that copies badly writes it."""
+    at = int(rng.random() * max(1, len(name) - 1))
+    new = "".join("abdegiklmnoprstu"[int(rng.random() * 16)] for _ in range(2))
+    garbled = name[:at] + new + name[at + 2 :]
+    return garbled if garbled != name else name + new
 
 
 def _thought(use: Use, bound: Bound, arguments: dict[str, Any]) -> str:

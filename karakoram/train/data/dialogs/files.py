@@ -69,8 +69,24 @@ def _name(rng: Random, split: Split) -> str:
     return syllables(rng, split) if rng.random() < 0.5 else english(rng, split, "noun")
 
 
-def _file(rng: Random, split: Split) -> str:
+def folder_name(rng: Random, split: Split) -> str:
+    """A folder, one level deep or two."""
+    return _name(rng, split) if rng.random() < 0.6 else f"{_name(rng, split)}/{_name(rng, split)}"
+
+
+def file_name(rng: Random, split: Split) -> str:
+    """A file name with its ending."""
     return f"{_name(rng, split)}.{rng.choice(('txt', 'md', 'csv', 'log', 'json', 'py'))}"
+
+
+def listing_capability(folder: str, text: str) -> Capability:
+    """Lists one folder."""
+    return _reader("files_list", _LIST_ABOUT, _FOLDER, {folder: text})
+
+
+def reading_capability(content: dict[str, str]) -> Capability:
+    """Reads the files of `content` (path -> text)."""
+    return _reader("files_read", _READ_ABOUT, _FILE, content)
 
 
 def _reader(key: str, about: Phrases, argument: Phrases, content: dict[str, str]) -> Capability:
@@ -85,16 +101,16 @@ def _reader(key: str, about: Phrases, argument: Phrases, content: dict[str, str]
 
 def files(rng: Random, split: Split) -> Task:
     """List a folder, read a file, or (one in four) list a folder and read the file that is in it."""
-    folder = _name(rng, split) if rng.random() < 0.6 else f"{_name(rng, split)}/{_name(rng, split)}"
-    names = [_file(rng, split) for _ in range(2 + int(rng.random() * 3))]
+    folder = folder_name(rng, split)
+    names = [file_name(rng, split) for _ in range(2 + int(rng.random() * 3))]
     fact = _FACTS[int(rng.random() * 4)].format(
         w=_name(rng, split), v=str(10 + int(rng.random() * 9990)) if rng.random() < 0.6 else _name(rng, split)
     )
     roll = rng.random()
     only = names[0]
-    listing = _reader("files_list", _LIST_ABOUT, _FOLDER, {folder: only if roll >= 0.75 else ", ".join(names)})
+    listing = listing_capability(folder, only if roll >= 0.75 else ", ".join(names))
     path = f"{folder}/{only}" if roll >= 0.75 or rng.random() < 0.4 else only
-    reading = _reader("files_read", _READ_ABOUT, _FILE, {path: fact})
+    reading = reading_capability({path: fact})
     if roll < 0.4:
         use = Use(listing, {"path": folder}, f"List the folder {folder}.")
         text = ", ".join(names)

@@ -8,7 +8,7 @@ from karakoram.tools import ToolError
 from karakoram.train.data.dialogs.capability import Capability, Role
 from karakoram.train.data.dialogs.phrases import Phrases
 from karakoram.train.data.dialogs.task import Task, Use
-from karakoram.train.data.names import Split, person, place, syllables, thing
+from karakoram.train.data.names import Split, english, person, place, split_of, syllables, thing
 
 # property -> (what has it, unit behind the value)
 THING_PROPERTIES = ("price", "weight", "color", "stock", "code", "size")
@@ -86,6 +86,18 @@ _TABLE_SYSTEM = Phrases(
     Known facts: {t}""",
     """Answer with these records: {t}
     These are the facts: {t}""",
+)
+
+
+_QUOTE = Phrases(
+    "records.quote",
+    """[Show|Give|Tell|Read] me [the record|the data|the entry|all data] of {x}.
+    What is the [record|entry|data] of {x}?
+    [Copy|Repeat|Quote] the [record|entry] of {x}.
+    Which record is that of {x}?
+    What does the list say about {x}?""",
+    """Please quote what the data say of {x}.
+    Everything about {x}, please.""",
 )
 
 
@@ -210,44 +222,93 @@ def lookup(rng: Random, split: Split) -> Task:
     return Task("lookup", question, [[use]], _answer(rng, key, who, result), (result,), rivals=rivals)
 
 
-def table(rng: Random, split: Split) -> Task:
-    """Records in the prompt (or the system prompt): the answer is copied from there, no call is needed."""
-    kind, properties, names = subject(rng, split)
-    first, second = rng.sample(properties, 2)
-    keys = [first, second] if rng.random() < 0.5 else [first]
+def _alike(name: str, rng: Random) -> str:
+    """Another name of training that begins or ends like this one, so that only the whole name tells them apart."""
+    first, _, noun = name.partition(" ")
+    if noun:
+        return f"{english(rng, 'train', 'adjective')} {noun}" if rng.random() < 0.6 else f"{first} {english(rng, 'train', 'noun')}"
+    if not first[0].isupper():
+        return f"{english(rng, 'train', 'adjective')} {first}"
+    while True:
+        other = first[: 2 + int(rng.random() * 2)] + syllables(rng, "train", 1)
+        if other != first and split_of(other.lower()) == "train":
+            return other
+
+
+def _more_names(kind: str, names: list[str], rng: Random) -> list[str]:
+    """Names for a table of training: two to six, in half of the tables some of them alike."""
     names = names[: 2 + int(rng.random() * 3)]
-    records = {name: {key: value_of(rng, split, key) for key in keys} for name in names}
+    if rng.random() < 0.3:
+        names += subject_names(kind, rng, 2)
+    if rng.random() < 0.5:
+        names += [_alike(names[int(rng.random() * len(names))], rng) for _ in range(1 + (rng.random() < 0.4))]
+    names = list(dict.fromkeys(names))[:6]
+    rng.shuffle(names)
+    return names
+
+
+def subject_names(kind: str, rng: Random, count: int) -> list[str]:
+    """Names of training for things of this kind."""
+    make = {"item": thing, "person": person, "city": place}[kind]
+    return [make(rng, "train") for _ in range(count)]
+
+
+def _written(records: dict[str, dict[str, Any]], rng: Random) -> tuple[str, dict[str, str]]:
+    """Records as a text, in one of three ways, and the part of it that each makes up."""
     roll = rng.random()
     if roll < 0.4:
         parts = {name: json.dumps({"name": name, **record}, ensure_ascii=False) for name, record in records.items()}
-        text = f"[{', '.join(parts.values())}]"
-    elif roll < 0.7:
+        return f"[{', '.join(parts.values())}]", parts
+    if roll < 0.7:
         parts = {
             name: f"{name}: " + ", ".join(f"{key} {value}" for key, value in record.items())
             for name, record in records.items()
         }
-        text = "; ".join(parts.values())
     else:
         parts = {
             name: f"{name} has {' and '.join(f'{key} {value}' for key, value in record.items())}"
             for name, record in records.items()
         }
-        text = "; ".join(parts.values())
-    name, key = rng.choice(names), rng.choice(keys)
+    return "; ".join(parts.values()), parts
+
+
+def _records(rng: Random, split: Split) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The kind of thing, and two to four records of it (in training up to six) with the same one or two keys."""
+    kind, properties, names = subject(rng, split)
+    first, second = rng.sample(properties, 2)
+    keys = [first, second] if rng.random() < 0.5 else [first]
+    names = names[: 2 + int(rng.random() * 3)] if split == "eval" else _more_names(kind, names, rng)
+    return kind, {name: {key: value_of(rng, split, key) for key in keys} for name in names}
+
+
+def table(rng: Random, split: Split) -> Task:
+    """Records in the prompt (or the system prompt): the answer is copied from there, no call is needed."""
+    kind, records = _records(rng, split)
+    text, parts = _written(records, rng)
+    name, key = rng.choice(list(records)), rng.choice(list(next(iter(records.values()))))
     who, result = spoken(kind, name, rng), str(records[name][key])
     question = _ASK.pick(rng, split, k=key, x=who)
     question = question[0].upper() + question[1:]
     answer = _answer(rng, key, who, result)
     thought = f"Need the {key} of {name}. The data: {parts[name]}. The {key} is {result}. No tool needed."
+    return _from_data(rng, split, question, text, Task("no_tool", "", [], answer, (result,), thought, verbatim=True))
+
+
+def quote(rng: Random, split: Split) -> Task:
+    """The whole record of one thing, as it stands in the prompt."""
+    kind, records = _records(rng, split)
+    text, parts = _written(records, rng)
+    name = rng.choice(list(records))
+    question = _QUOTE.pick(rng, split, x=spoken(kind, name, rng))
+    thought = f"Need the record of {name}. No tool needed."
+    task = Task("no_tool", "", [], parts[name], (parts[name],), thought, verbatim=True)
+    return _from_data(rng, split, question[0].upper() + question[1:], text, task)
+
+
+def _from_data(rng: Random, split: Split, question: str, text: str, task: Task) -> Task:
+    """The task with its data before the question, behind it, or in the system prompt."""
     if rng.random() < 0.4:
-        return Task(
-            "no_tool",
-            question,
-            [],
-            answer,
-            (result,),
-            thought,
-            system=_TABLE_SYSTEM.pick(rng, split, t=text),
-            verbatim=True,
-        )
-    return Task("no_tool", _TABLE.pick(rng, split, t=text, q=question), [], answer, (result,), thought, verbatim=True)
+        task.question, task.system = question, _TABLE_SYSTEM.pick(rng, split, t=text)
+    else:
+        task.question = _TABLE.pick(rng, split, t=text, q=question)
+    return task

@@ -33,4 +33,11 @@ class Task:
     rivals: tuple[Capability, ...] = ()
     verbatim: bool = False  # the question ends in free text that is copied: nothing is said around it
     failure: str | None = None  # the first call returns this error once, and is made again
+    company: int = 3  # at most so many tools that nobody needs
+    mistaken: bool = False  # the first call goes wrong and is made again, with the right names
     bare: bool = field(default=False)  # no tools at all
+
+    @property
+    def calls(self) -> int:
+        """How many calls it takes."""
+        return sum(len(step) for step in self.steps)

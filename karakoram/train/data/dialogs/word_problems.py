@@ -95,14 +95,15 @@ PROBLEMS = Phrases(
 )
 
 
-def _noun(rng: Random, split: Split) -> str:
+def noun(rng: Random, split: Split) -> str:
+    """Something that can be counted: one of the common things, or a name like any other."""
     return _COMMON[int(rng.random() * len(_COMMON))] if rng.random() < 0.6 else thing(rng, split)
 
 
 def word_problem(rng: Random, split: Split) -> tuple[str, str, str]:
     """Question, expression, and an answer in which `{r}` stands for the result."""
     small = lambda top: 2 + int(rng.random() * top)  # noqa: E731
-    item, other = _noun(rng, split), _noun(rng, split)
+    item, other = noun(rng, split), noun(rng, split)
     each = small(11)
     more = 20 + small(400) if rng.random() < 0.8 else 20 + small(4000)
     price = (

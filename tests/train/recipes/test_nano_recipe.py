@@ -138,7 +138,7 @@ import os, signal, sys
 import karakoram.recipes.nano as nano
 from karakoram.cli.main import run
 from karakoram.train.trainer import Trainer
-from tests.train.test_nano_recipe import plan
+from tests.train.recipes.test_nano_recipe import plan
 
 train_step = Trainer.train_step
 
