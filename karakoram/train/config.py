@@ -17,8 +17,9 @@ class OptimizerConfig:
 
     adamw_learning_rate  of embedding, head and norm gains; None: the common rate, as K2 has it
     coefficients         the Newton-Schulz set, by its name in `optim/newton_schulz.py`
-    calibrated           divide by the RMS that the set was measured to give, so that sets compare at one rate
-    per_head             orthogonalise each head's rows by themselves (K3's Per-Head Muon)
+    calibrate            divide by the RMS that the set was measured to give on such a spectrum: sets compare at one rate
+    iteration            what Newton-Schulz computes in; None: the model's dtype, which the recipe's probe chose
+    heads                whole: K2's matrices as they stand; head, part: by heads (K3's Per-Head Muon), `optim/splits.py`
     clip_norm            of the whole gradient; matters to AdamW's part: Muon's update has no scale
     qk_clip_threshold    τ; infinity: never clip
     """
@@ -29,8 +30,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     coefficients: str = "jordan"
-    calibrated: bool = False
-    per_head: bool = False
+    calibrate: Literal["gaussian", "power_law"] | None = None
+    iteration: Literal["bfloat16", "float32"] | None = None
+    heads: Literal["whole", "head", "part"] = "whole"
     router: Literal["muon", "adamw"] = "muon"
     clip_norm: float = 1.0
     qk_clip_threshold: float = 100.0

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from karakoram.distributed.layout import Box
 from karakoram.errors import TrainingError
 from karakoram.model.load import load_model
 from karakoram.model.transformer import Transformer
@@ -42,14 +43,16 @@ def initialize(model: Transformer, seed: int) -> Transformer:
 
 @torch.no_grad()
 def copy_weights(
-    model_dir: Path, masters: Masters, biases: Mapping[int, Tensor], rows: Mapping[str, slice] | None = None
+    model_dir: Path, masters: Masters, biases: Mapping[int, Tensor], held: Mapping[str, Box] | None = None
 ) -> None:
-    """Set masters and router biases (layer -> [E]) to those of a checkpoint in HF layout; `rows`: those held here.
+    """Set masters and router biases (layer -> [E]) to those of a checkpoint in HF layout.
+
+    `held`: which part of each tensor is here; all of it where it is not named.
 
     Raises TrainingError where it is a model of another shape.
     """
     found = load_model(model_dir, dtype=torch.float32, dense=True).state_dict()
-    found = {name: tensor[rows[name]] if rows and name in rows else tensor for name, tensor in found.items()}
+    found = {name: tensor[held[name]] if held and name in held else tensor for name, tensor in found.items()}
     wanted = dict(masters.weights) | {bias_name(layer): bias for layer, bias in biases.items()}
     wrong = [n for n, t in wanted.items() if n not in found or found[n].shape != t.shape]
     wrong += [n for n in found if n not in wanted]

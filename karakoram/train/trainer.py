@@ -38,7 +38,7 @@ from karakoram.train.initialize import biases_of, copy_weights, initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.machine import StopOnSignal, matmul_flops_per_s
 from karakoram.train.masters import Masters
-from karakoram.train.optim.assign import optimizers
+from karakoram.train.optim.assign import optimizers, update_rms
 from karakoram.train.optim.qk_clip import qk_clip
 from karakoram.train.optim.schedule import decay_share, rate_share
 from karakoram.train.record.directory import open_run, settings_of
@@ -116,7 +116,7 @@ class Trainer:
             recompute(self.model)
         self.layouts = split(self.model, self.ranks)
         self.masters = Masters(self.model)
-        self.muon, self.adamw = optimizers(self.masters.weights, config, self.layouts, self.ranks)
+        self.muon, self.adamw = optimizers(self.masters.weights, config, self.layouts, self.ranks, self.model.dtype)
         self.biases = biases_of(self.model)
         self.watch = Watch(
             config.optimizer.qk_clip_threshold,
@@ -327,7 +327,7 @@ class Trainer:
             "max_vio_global": self.loads.max_vio, "dead_experts": self.loads.dead,
         }  # fmt: skip
         if self.step % EXPENSIVE_EVERY == 0:
-            line["load_entropy"] = self.loads.entropy
+            line |= {"load_entropy": self.loads.entropy, "update_rms": update_rms(self.muon, self.adamw)}
         if self.step % LOADS_EVERY == 0:
             line["loads"] = {layer: load_E.tolist() for layer, load_E in self.loads.total.items()}
         return line
@@ -398,7 +398,7 @@ class Trainer:
 
         Raises TrainingError where it is a model of another shape.
         """
-        copy_weights(model_dir, self.masters, self.biases, self.rows)
+        copy_weights(model_dir, self.masters, self.biases, {n: layout.held for n, layout in self.layouts.items()})
         self.masters.int4_experts = self.config.int4_from <= 0
         self.masters.publish()
 
@@ -418,8 +418,8 @@ class Trainer:
         """The model's tensors by name, whole on every rank."""
         state = dict(self.model.state_dict())
         for name, layout in self.layouts.items():
-            if self.ranks.world > 1 and name in state:
-                state[name] = layout.whole(local(state[name])).full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+            if name in state:
+                state[name] = layout.gathered(local(state[name]))
         return state
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
 """The loop: a model that knows everything scores 100 %, and each way to fail costs what it should."""
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Collection
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from oracle import oracle
 
 from karakoram.chat import ChatFormat, Tokenizer
+from karakoram.errors import InputError
 from karakoram.evals import arithmetic, gsm8k, nano_tools
-from karakoram.evals.tool_loop import live
+from karakoram.evals.tool_loop import MAX_ROUNDS, live
 from karakoram.tools import BUILTIN, call
 from karakoram.train.data.bpe import DIALECT, byte_order, special_ids
 from karakoram.train.data.documents import Scenario
+
+FIRST_EDITION = "77abc270f688aa3a4fe80c0c5d6fab0671d7c2ba527aedbd639366f138abd59a"  # of the 500 dialogs of issue 1
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,45 @@ def test_the_reference_scores_all(fmt: ChatFormat) -> None:
     assert len(report.families) >= 10
 
 
-def test_the_evaluation_is_the_same_for_everyone() -> None:
-    first, again = nano_tools.scenarios(20), nano_tools.scenarios(20)
+@pytest.mark.parametrize("edition", [1, 2])
+def test_the_evaluation_is_the_same_for_everyone(edition: int) -> None:
+    first, again = nano_tools.scenarios(20, edition=edition), nano_tools.scenarios(20, edition=edition)
     assert [scenario.document for scenario in first] == [scenario.document for scenario in again]
+
+
+def test_the_first_edition_has_not_changed_since_it_was_first_measured() -> None:
+    digest = sha256()
+    for scenario in nano_tools.scenarios(500, edition=1):
+        document = scenario.document
+        seen = [document.messages, document.tools, document.thinking, scenario.expected, scenario.family]
+        digest.update(json.dumps(seen, ensure_ascii=False, sort_keys=True).encode())
+    assert digest.hexdigest() == FIRST_EDITION
+
+
+def test_the_second_edition_holds_chains_of_up_to_five_calls() -> None:
+    scenarios = nano_tools.scenarios(500)
+    numbers = Counter(nano_tools.wanted_calls(scenario) for scenario in scenarios)
+    assert set(numbers) == {0, 1, 2, 3, 4, 5, 6}  # six: a chain of five whose first call fails once
+    assert all(numbers[calls] >= 40 for calls in (3, 4, 5))
+    assert numbers[2] >= 35
+    first = {str(scenario.document) for scenario in nano_tools.scenarios(500, edition=1)}
+    assert sum(str(scenario.document) in first for scenario in scenarios) == 340  # 68 %
+    with pytest.raises(InputError, match="edition 3"):
+        nano_tools.scenarios(1, edition=3)
+
+
+def test_rows_by_number_of_calls(fmt: ChatFormat) -> None:
+    scenarios = nano_tools.scenarios(60)
+    report = nano_tools.evaluate(fmt, oracle(fmt, scenarios), 60)
+    assert sum(answers.trials for _, answers in report.by_calls.values()) == 60
+    assert all(calls.trials == number * answers.trials for number, (calls, answers) in report.by_calls.items())
+    assert "  3 calls " in str(report)
+    assert report.to_dict()["by_calls"]["3"]["answers"] == [report.by_calls[3][1].trials] * 2
+
+
+def test_the_first_edition_is_run_within_its_own_limits(fmt: ChatFormat) -> None:
+    scenarios = nano_tools.scenarios(40, edition=1)
+    assert nano_tools.evaluate(fmt, oracle(fmt, scenarios), 40, edition=1).answers.value == 1.0
 
 
 def _scripted(fmt: ChatFormat, texts: list[str]):
@@ -114,7 +156,7 @@ def test_calling_for_ever_is_unfinished(fmt: ChatFormat) -> None:
     report = _one(fmt, *[_calls((f"functions.calculator:{n}", '{"expression": "1"}')) for n in range(9)])
     assert report.unfinished == 1
     assert report.answers.successes == 0
-    assert report.calls.trials == 4
+    assert report.calls.trials == MAX_ROUNDS
 
 
 def test_empty_output_is_a_wrong_answer(fmt: ChatFormat) -> None:
@@ -146,6 +188,13 @@ def test_shipped_arithmetic_answers_are_right() -> None:
     }  # fmt: skip
     for question, expression in checked.items():
         assert call(BUILTIN["calculator"], f'{{"expression": "{expression}"}}') == by_question[question]
+
+
+def test_word_problems_of_our_own_need_no_data(fmt: ChatFormat) -> None:
+    asked = gsm8k.stories(60)
+    assert {nano_tools.wanted_calls(scenario) for scenario in asked} >= {1, 2, 3, 4, 5}
+    report = gsm8k.evaluate(fmt, oracle(fmt, asked), limit=60)
+    assert report.answers.value == report.calls.value == 1.0
 
 
 def test_gsm8k_runs(fmt: ChatFormat, shared_dir: Path) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from karakoram.train.optim.muon import Muon, orthogonalize
+from karakoram.errors import TrainingError
+from karakoram.train.optim.muon import Muon, from_torch_muon, muon_update, updated
+from karakoram.train.optim.newton_schulz import orthogonalize
 
 # All shapes of one group (the smaller and the larger side agree), so that they are orthogonalised in one batch.
 SHAPES = {"wide": (24, 72), "tall": (72, 24), "stack": (3, 24, 72), "tall_stack": (2, 72, 24), "other": (40, 56)}
@@ -69,23 +71,190 @@ def test_three_steps_equal_the_reference() -> None:
         assert torch.allclose(muon.buffers[name].double(), momenta[name], rtol=1e-6, atol=1e-6)  # float32 sums
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no torch.optim.Muon (2.9 or newer has)")
-def test_torch_muon_takes_the_same_steps() -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_float32_steps_are_the_reference_to_a_millionth(mean: bool) -> None:
     rate, decay = 0.02, 0.1
-    names = [name for name, shape in SHAPES.items() if len(shape) == 2]  # torch's takes no stacks
     weights = _random(0)
-    muon = Muon({name: weights[name].clone() for name in names}, decay)
-    theirs = [weights[name].clone().requires_grad_() for name in names]
-    optimizer = torch.optim.Muon(theirs, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon({name: w.clone() for name, w in weights.items()}, decay, mean=mean, dtype=torch.float32)
+    momenta = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
     for step in range(1, 4):
         gradients = _random(step)
-        muon.step({name: gradients[name] for name in names}, rate)
-        for parameter, name in zip(theirs, names):
-            parameter.grad = gradients[name].clone()
+        before = {name: w.double() for name, w in muon.weights.items()}
+        directions = muon.directions(SHAPES, gradients)
+        for name, gradient in gradients.items():
+            expected = _reference_step(before[name], momenta[name], gradient, rate, decay)
+            update = (before[name] * (1 - rate * decay) - expected) / rate
+            # a matrix of a stack is a matrix: the worst of them counts
+            off = (directions[name].double() - update).flatten(-2).norm(dim=-1)
+            assert (off <= 1e-6 * update.flatten(-2).norm(dim=-1)).all(), name
+        muon.apply(directions, rate)
+        for name, weight in muon.weights.items():
+            update = rate * directions[name].double()
+            # the weight itself rounds to 2^-24 of its size, a hundredth of which the update is
+            expected = before[name] * (1 - rate * decay) - update
+            assert torch.allclose(weight.double(), expected, rtol=2e-7, atol=1e-7), name
+
+
+def _torch_muon(weights: dict[str, Tensor], rate: float, decay: float) -> tuple[torch.optim.Muon, list[Tensor]]:
+    """torch's, which takes no stacks, over every matrix by itself; and its parameters."""
+    matrices = [m for w in weights.values() for m in (w if w.ndim == 3 else w[None])]
+    parameters = [m.clone().requires_grad_() for m in matrices]
+    return torch.optim.Muon(parameters, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), parameters
+
+
+def _torch_steps(optimizer: torch.optim.Muon, parameters: list[Tensor], seeds: range) -> None:
+    for seed in seeds:
+        matrices = [m for g in _random(seed).values() for m in (g if g.ndim == 3 else g[None])]
+        for parameter, gradient in zip(parameters, matrices, strict=True):
+            parameter.grad = gradient.clone()
         optimizer.step()
-    for parameter, name in zip(theirs, names):
-        moved = parameter.detach() - weights[name]
-        assert _relative(muon.weights[name] - parameter.detach(), moved) < BF16_TOLERANCE, name
+
+
+def _unstacked(weights: dict[str, Tensor]) -> list[Tensor]:
+    return [m for w in weights.values() for m in (w if w.ndim == 3 else w[None])]
+
+
+NAMES = [name if len(shape) == 2 else (name, n) for name, shape in SHAPES.items() for n in range(shape[0] if len(shape) == 3 else 1)]  # fmt: skip
+
+
+def test_with_the_mean_torch_muons_bits() -> None:
+    """Not one bit of five steps differs, which is stricter than a unit in the last place of the update."""
+    weights = _random(0)
+    muon = Muon({name: w.clone() for name, w in weights.items()}, 0.1, mean=True)
+    optimizer, parameters = _torch_muon(weights, 0.02, 0.1)
+    _torch_steps(optimizer, parameters, range(1, 6))
+    for seed in range(1, 6):
+        muon.step(_random(seed), 0.02)
+    for parameter, ours in zip(parameters, _unstacked(muon.weights), strict=True):
+        assert torch.equal(parameter.detach(), ours)
+    for name, buffer in from_torch_muon(optimizer.state_dict(), NAMES, mean=True).items():
+        assert torch.equal(buffer, muon.buffers[name])
+
+
+def test_with_the_sum_torch_muons_steps() -> None:
+    weights = _random(0)
+    muon = Muon({name: w.clone() for name, w in weights.items()}, 0.1)
+    optimizer, parameters = _torch_muon(weights, 0.02, 0.1)
+    _torch_steps(optimizer, parameters, range(1, 4))
+    for seed in range(1, 4):
+        muon.step(_random(seed), 0.02)
+    for parameter, ours, first in zip(parameters, _unstacked(muon.weights), _unstacked(weights), strict=True):
+        assert _relative(ours - parameter.detach(), parameter.detach() - first) < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_torch_muons_state_goes_on_here(mean: bool) -> None:
+    weights = _random(0)
+    optimizer, parameters = _torch_muon(weights, 0.02, 0.1)
+    _torch_steps(optimizer, parameters, range(1, 4))
+    state = from_torch_muon(optimizer.state_dict(), NAMES, mean)
+    ours = Muon(_like(weights, parameters), 0.1, mean=mean, dtype=torch.bfloat16)
+    ours.load(state)
+    moved = Muon({name: w.clone() for name, w in weights.items()}, 0.1, mean=mean)
+    for seed in range(1, 4):
+        moved.step(_random(seed), 0.02)
+    for name, buffer in moved.buffers.items():
+        # each of three updates rounds to 2^-24 of the largest number
+        assert torch.allclose(state[name], buffer, rtol=1e-6, atol=1e-6), name
+    before = [w.clone() for w in _unstacked(ours.weights)]
+    _torch_steps(optimizer, parameters, range(4, 5))
+    ours.step(_random(4), 0.02)
+    for parameter, here, first in zip(parameters, _unstacked(ours.weights), before, strict=True):
+        if mean:
+            assert torch.equal(parameter.detach(), here)
+        assert _relative(here - parameter.detach(), parameter.detach() - first) < BF16_TOLERANCE
+
+
+def _like(weights: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, Tensor]:
+    """torch's unstacked parameters in our shapes."""
+    matrices = iter(parameters)
+    return {
+        name: torch.stack([next(matrices).detach() for _ in range(w.shape[0] if w.ndim == 3 else 1)]).view(w.shape).clone()
+        for name, w in weights.items()
+    }
+
+
+def test_torch_state_that_does_not_fit_is_refused() -> None:
+    optimizer, parameters = _torch_muon(_random(0), 0.02, 0.1)
+    with pytest.raises(TrainingError, match="has 0 buffers"):
+        from_torch_muon(optimizer.state_dict(), NAMES)
+    _torch_steps(optimizer, parameters, range(1, 2))
+    with pytest.raises(TrainingError, match="for 2 names"):
+        from_torch_muon(optimizer.state_dict(), ["wide", "tall"])
+    gap = [("stack", 7) if name == ("stack", 2) else name for name in NAMES]
+    with pytest.raises(TrainingError, match=r"matrices \[0, 1, 7\] only"):
+        from_torch_muon(optimizer.state_dict(), gap)
+
+
+def test_state_that_does_not_fit_is_refused_and_nothing_taken() -> None:
+    muon = Muon(_random(0))
+    state = {name: torch.ones_like(buffer) for name, buffer in muon.buffers.items()}
+    with pytest.raises(TrainingError, match="momentum of other should be .* missing"):
+        muon.load({name: buffer for name, buffer in state.items() if name != "other"})
+    with pytest.raises(TrainingError, match="momentum of stack"):
+        muon.load(state | {"stack": torch.ones(2, 24, 72)})
+    assert all(not buffer.any() for buffer in muon.buffers.values())
+
+
+def test_halves_of_a_step_and_functions_are_the_step() -> None:
+    """On a part of the weights, too: who owns some of them asks for those."""
+    weights = _random(0)
+    step, halves = (Muon({name: w.clone() for name, w in weights.items()}) for _ in range(2))
+    buffers = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for seed in (1, 2):
+        gradients = _random(seed)
+        before = {name: w.clone() for name, w in step.weights.items()}
+        step.step(gradients, 0.02)
+        first = halves.directions(["wide", "stack"], gradients)
+        rest = halves.directions([name for name in SHAPES if name not in first], gradients)
+        halves.apply(first | rest, 0.02)
+        for name, weight in step.weights.items():
+            direction, buffers[name] = muon_update(gradients[name], buffers[name])
+            # the factor multiplies the direction, or the rate: one rounding to 2^-24 here or there
+            assert torch.allclose(weight, halves.weights[name], rtol=1e-6, atol=1e-7)
+            assert torch.allclose(weight, updated(before[name], direction, 0.02, 0.1), rtol=1e-6, atol=1e-7)
+            assert torch.equal(step.buffers[name], halves.buffers[name])
+            assert torch.equal(step.buffers[name], buffers[name])
+
+
+def test_without_nesterov_the_momentum_itself() -> None:
+    weights = _random(0)
+    muon = Muon({name: torch.zeros_like(w) for name, w in weights.items()}, 0.0, nesterov=False)
+    for seed in (1, 2):
+        before = {name: w.clone() for name, w in muon.weights.items()}
+        muon.step(_random(seed), 1.0)
+    for name, weight in muon.weights.items():
+        expected = orthogonalize(muon.buffers[name]).float() * 0.2 * 72**0.5 if name != "other" else None
+        if expected is not None:
+            assert torch.allclose(before[name] - weight, expected, atol=1e-5)
+
+
+def test_update_rms_is_measured() -> None:
+    weights = _random(0)
+    muon = Muon(weights, 0.0)
+    assert muon.update_rms("stack") == 0
+    before = {name: w.clone() for name, w in weights.items()}
+    muon.step(_random(1), 0.01)
+    for name, weight in weights.items():
+        assert muon.update_rms(name) == pytest.approx(float((weight - before[name]).square().mean().sqrt()) / 0.01, rel=1e-3)
+
+
+def test_another_set_and_calibration_change_the_size() -> None:
+    gradient = _random(1)["wide"]
+    rms = {}
+    for name, calibrate in (("jordan", None), ("jordan", "gaussian"), ("polar_express_8", "gaussian")):
+        muon = Muon({"wide": torch.zeros(24, 72)}, 0.0, coefficients=name, calibrate=calibrate)
+        muon.step({"wide": gradient}, 1.0)
+        rms[name, calibrate] = muon.update_rms("wide")
+    assert rms["jordan", "gaussian"] == pytest.approx(rms["jordan", None] / 0.9396, rel=0.004)  # a bfloat16 product
+    assert rms["polar_express_8", "gaussian"] == pytest.approx(0.2, rel=0.01)
+    with pytest.raises(TrainingError, match="no set of coefficients"):
+        Muon({}, coefficients="none")
+
+
+def test_to_takes_state_along() -> None:
+    muon = Muon(_random(0)).to("meta")
+    assert all(t.device.type == "meta" for t in (*muon.weights.values(), *muon.buffers.values()))
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 64), (4, 32, 128), (2, 64, 256)])

@@ -39,9 +39,9 @@ def test_float32_is_the_formula_to_a_millionth(shape: tuple[int, ...], name: str
     assert result.dtype == torch.float32 and result.shape == stack.shape
     for matrix, made in zip(stack, result, strict=True):
         expected = _transcription(matrix, SETS[name].steps, SETS[name].shrink)
-        # Square Gaussians have singular values down to 1/1000 of the norm. What ten steps of a set multiply these by,
-        # they multiply roundings of 6e-8 by too.
-        bound = 1e-6 if len(SETS[name].steps) == 5 and shape[-2] != shape[-1] else 1e-5
+        # Polar Express multiplies what is small by 8 in its first step, roundings of 6e-8 too: 1.5e-6 seen, 3.5e-6 for
+        # one row, where all of it is the rounding of the norm.
+        bound = 5e-6 if name.startswith("polar") else 1e-6
         assert (made.double() - expected).norm() <= bound * expected.norm()
 
 
@@ -63,7 +63,7 @@ def test_zero_stays_zero_beside_others(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("exponent", [-125, -67, -20, 20, 100])
+@pytest.mark.parametrize("exponent", [-115, -67, -20, 20, 100])
 def test_a_power_of_two_changes_no_bit(exponent: int, dtype: torch.dtype) -> None:
     """2^-67 is 1e-20, whose square float32 cannot hold."""
     stack = _matrix((2, 24, 40)).clamp(0.01, 4)  # all numbers of the scaled matrix normal

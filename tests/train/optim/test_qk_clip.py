@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from karakoram.model.attention import LatentAttention
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
 from karakoram.train.initialize import initialize
@@ -14,16 +15,9 @@ from tests.train import tiny
 IDS = torch.randint(0, tiny.SHAPE["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-class Scores(Watch):
-    """Keeps every layer's logits [B, H, T, T], before masking."""
-
-    def see_attention(self, layer: int, q_BHTx: Tensor, k_BHTx: Tensor, scale: float) -> None:
-        self.max_logits[layer] = (q_BHTx.float() @ k_BHTx.float().mT * scale).detach()
-
-
-def _model(q_lora_rank: int | None) -> tuple[Transformer, Masters]:
-    """Float32, with queries large enough for heads to differ clearly."""
-    model = initialize(Transformer(tiny.model_config(q_lora_rank=q_lora_rank), dtype=torch.float32), 0)
+def _model(q_lora_rank: int | None, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Masters]:
+    """With queries large enough for heads to differ clearly."""
+    model = initialize(Transformer(tiny.model_config(q_lora_rank=q_lora_rank), dtype=dtype), 0)
     masters = Masters(model)
     for name, weight in masters.weights.items():
         if name.endswith(("q_proj.weight", "q_b_proj.weight")):
@@ -33,9 +27,20 @@ def _model(q_lora_rank: int | None) -> tuple[Transformer, Masters]:
 
 
 def _scores(model: Transformer, layer: int) -> Tensor:
-    watch = Scores()
-    model.hidden(IDS, watch=watch)
-    return watch.max_logits[layer]
+    """The layer's logits [B, H, T, T] before masking, in the model's dtype, from the attention's own projections."""
+    attention, seen = model.model.layers[layer].self_attn, []
+
+    def see(module: LatentAttention, inputs: tuple[Tensor, ...]) -> None:
+        q_nope, q_rope, latent, k_rope = module.project(*inputs[:2])
+        keys = module.kv_b_proj(latent).unflatten(-1, (4, -1))[..., : module.config.qk_nope_head_dim]
+        nope_BHTT = q_nope.transpose(1, 2) @ keys.transpose(1, 2).mT
+        seen.append((nope_BHTT + q_rope.transpose(1, 2) @ k_rope.unsqueeze(1).mT) * module.scale)
+
+    handle = attention.register_forward_pre_hook(see)
+    with torch.no_grad():
+        model.hidden(IDS)
+    handle.remove()
+    return seen[0]
 
 
 def _largest(model: Transformer, layer: int) -> Tensor:

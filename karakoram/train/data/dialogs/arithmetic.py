@@ -239,6 +239,11 @@ _COMMANDS = Phrases(
     What is {a} to the power of 2?|{a}**2
     What is {a} to the power of 3?|{a}**3
     What is {a} cubed?|{a}**3
+    [Compute|Calculate|Give me] {a} squared.|{a}*{a}
+    [{a} squared|The square of {a}]?|{a}*{a}
+    [Compute|Say] [half|one half] of {a}.|{a}/2
+    {a} and {b}, what is [the|their] average?|({a}+{b})/2
+    [Compute|Give] the [average|mean] of {a}, {b} and {c}.|({a}+{b}+{c})/3
     What is {s} to the power of {t}?|{s}**{t}""",
     """Please add {a} and {b}.|{a}+{b}
     Please add {a}, {b} and {c} together.|{a}+{b}+{c}

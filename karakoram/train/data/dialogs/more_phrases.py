@@ -12,11 +12,16 @@ The [quantity|amount] to [convert|change]
 [Convert|Change|Turn|Move] [from|out of] [the|which|that|the old|the first] unit
 [The|A] [old|given|first|present|starting|original] unit
 [What|Which] unit [the value has|the value is in|it has|to convert from|to leave]
+[Convert|Change|Turn|Converts] [the value|it|the amount] from [this|the first|its] unit
+[Convert|Turn] from, [e.g. km|such as kg|a unit]
 From""",
     "convert.target": """[The unit|Unit|The measure] [in which we want it|of the answer|you want|it becomes|at the end|on the right|asked for|that is wanted]
 [Convert|Change|Turn|Move] [to|into] [the|which|that|the new|the second|another] unit
 [The|A] [new|wanted|second|final|other|resulting] unit
 [What|Which] unit [is wanted|the result has|to convert to|to get]
+[Convert|Change|Turn|Converts] [the value|it|the amount] [to|into] [this|the second|its new] unit
+[Convert|Turn] to, [e.g. km|such as kg|a unit]
+[Unit|A unit] [to convert it to|it is converted to|that it should be converted to]
 To""",
     "dates.date": """[The|This|A|Some|One] day [, written YYYY-MM-DD|in ISO form|in the form YYYY-MM-DD]
 [Date|The date] [written YYYY-MM-DD|to start with|that is moved|to count from|given as YYYY-MM-DD]
@@ -249,6 +254,18 @@ Please [find|say|read] [which|what] {k} {x} [has|got]
 [Find|Say|Read|See] the {k} [for|that belongs to] {x}
 {x}: [which|what] {k}?
 [The|Which is the|What is the right] {k} [of|for] {x}?""",
+    "parallel.sums": """[First|Now|] [compute|do|calculate] {e}[,|] [then|and then|after that] {f}
+[I need|Give me|We need] [both|] {e} and [then|also|] {f}
+[Find|Say|Solve] {e}[, then|; then| and then] {f}[.|, please.]
+{e}[, then|; then|, and then] {f}[.|?|]
+[Two sums|Two questions]: {e} and {f}""",
+    "parallel.weekdays": """[First|Now|] [find|say|name] the [weekday|day of the week] of {d}[, then| and then] [that|the one] of {e}
+[Which|What] [weekday|day of the week] is {d}, and [which|what] is {e}?
+{d} and {e}: [which|what] weekdays?""",
+    "parallel.lookups": """[First|Now|] [find|look up|say|get] the {k} of {x}[, then| and then|, and also] [the {k}|that] of {y}
+[I need|We need|Give me] the {k} [for|of] [both|] {x} and {y}
+[Which|What] {k} do {x} and {y} have?
+{x} and {y}: [which|what] {k} [have they|do they have]?""",
     "lists.sum.ask": """[Please|Now|Kindly|] [sum|add|total] [the numbers|these|up] {l}
 [I have|Here are|We got|Take] the [values|numbers] {l}. [What|How much] is [the total|the sum|that together]?
 [Tell|Say|Find|Give] [me|] the sum of {l}""",

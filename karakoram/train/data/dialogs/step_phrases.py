@@ -255,7 +255,7 @@ SUMS = Phrases(
     "steps.sums",
     """What are {l}?
     [Compute|Calculate|Solve|Work out] {l}[.|].
-    [Please|Now|First] [compute|work out|do|solve] {l}.
+    [Please|Now|First] [compute|work out|do] {l}.
     [I need|Give me|Tell me] [the results of|the values of|] {l}.
     How much are {l}?""",
     """Find out how much {l} are.

@@ -24,6 +24,11 @@ def story(rng: Random, split: Split) -> Task:
     return story_of(rng, split, (1, 2, 2, 2, 3, 3, 3, 4, 4, 5)[int(rng.random() * 10)])
 
 
+def short_story(rng: Random, split: Split) -> Task:
+    """One to three calculations: what the first stage of training sees."""
+    return story_of(rng, split, 1 + int(rng.random() * 3))
+
+
 def story_of(rng: Random, split: Split, calls: int) -> Task:
     """A story of exactly so many calculations."""
     if calls > 1 and rng.random() < RELATIONS_SHARE:

@@ -81,7 +81,15 @@ PROBLEMS = Phrases(
     {p} types {b} words per minute. How many words in {a} minutes?|{b}*{a}|words
     My rent is {k} dollars a month. What do I pay in a year?|{k}*12|dollars
     I slept {a} hours a night for {b} nights. How many hours did I sleep?|{a}*{b}|hours
-    There were {m} {x}. {n} were sold in the morning and {c} in the evening. How many were left?|{m}-{n}-{c}|{x}""",
+    There were {m} {x}. {n} were sold in the morning and {c} in the evening. How many were left?|{m}-{n}-{c}|{x}
+    {p} [found|picked|made|saw] {a} {x} [yesterday|on Sunday|before lunch|last week] and {b} [more|{x}] [today|on Tuesday|after lunch|this week]. How many {x} [is that|are that|were there] [in all|in total|together]?|{a}+{b}|{x}
+    [On Monday|Today|First] {p} [found|got|sold|saw] {a} {x}, [on Friday|later|then] {b}. [How many {x} together?|What is the number of {x} in all?]|{a}+{b}|{x}
+    {p} [takes|chooses|gets|orders] {a} {x} [for|at] {d} dollars [each|a piece] and [one|a] {z} for {e} dollars. [What is it in total?|How much in total?|What must {p} pay in all?]|{a}*{d}+{e}|dollars
+    [Each|One] {o} is {d} dollars and a {z} is {e} dollars. [What do {a} {x} and the {z} cost?|How much are {a} {x} with the {z}?]|{a}*{d}+{e}|dollars
+    {a} {x} [cost|at] {d} dollars each[, plus|and] {e} dollars for [shipping|the box|a {z}]: [how much is that?|what is the sum?]|{a}*{d}+{e}|dollars
+    [I need|We need|{p} needs] {a} {x}. [One costs|The price is] {d} dollars[ each|]. [How much is that?|How much money is it?|What is the cost?]|{a}*{d}|dollars
+    [Share|Divide|Split] {m} {x} [between|among] {s} [children|friends|people][.|, please.] [How many for each?|What does each one get?]|{m}/{s}|{x}
+    {s} [children|friends|players] share {m} {x}. How many {x} [for one of them?|does one get?|has each?]|{m}/{s}|{x}""",
     """{p} owns {a} boxes, each with {b} {x}. How many {x} is that in total?|{a}*{b}|{x}
     {p} found {a} {x} today and {b} {x} on Monday. How many {x} in all?|{a}+{b}|{x}
     There were {m} {x} on the table and {p} took {n}. How many {x} are still there?|{m}-{n}|{x}
