@@ -90,9 +90,11 @@ class Pulse:
 
 
 def is_communication(error: RuntimeError) -> bool:
-    """Whether an error is of the connection to other ranks, not of what this rank computed."""
-    words = str(error)
-    return isinstance(error, dist.DistError) or "/gloo/" in words or "onnection" in words or "NCCL" in words
+    """Whether an error is of the connection to other ranks, not of what this rank computed.
+
+    gloo's are plain RuntimeErrors that begin with the source file in brackets (torch 2.13).
+    """
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _names(ranks: list[int]) -> str:

@@ -17,9 +17,9 @@ class OptimizerConfig:
 
     adamw_learning_rate  of embedding, head and norm gains; None: the common rate, as K2 has it
     coefficients         the Newton-Schulz set, by its name in `optim/newton_schulz.py`
-    calibrate            divide by the RMS that the set was measured to give on such a spectrum: sets compare at one rate
+    calibrate            divide by the RMS that the set was measured to give on such a spectrum: one rate for all sets
     iteration            what Newton-Schulz computes in; None: the model's dtype, which the recipe's probe chose
-    heads                whole: K2's matrices as they stand; head, part: by heads (K3's Per-Head Muon), `optim/splits.py`
+    heads                whole: K2's matrices as they stand; head, part: K3's Per-Head Muon, see `optim/splits.py`
     clip_norm            of the whole gradient; matters to AdamW's part: Muon's update has no scale
     qk_clip_threshold    τ; infinity: never clip
     """

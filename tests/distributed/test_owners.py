@@ -71,7 +71,7 @@ def test_owners_share_the_work_evenly(preset: str, world: int, expert_ranks: int
     total = [a + b for a, b in zip(dense, work, strict=True)]
     whole = sum(cost(layout, tuple(slice(0, size) for size in layout.shape)) for layout in layouts.values())
     assert sum(total) == whole
-    assert max(total) <= (1.05 if world < 256 else 1.15) * whole / world
+    assert max(total) <= 1.05 * whole / world
     assert world > 8 or max(dense) <= 1.05 * sum(dense) / world
 
 

@@ -60,7 +60,7 @@ class AdamW:
         assert self._optimizer is not None
         moments = self._optimizer.state[self.weights[name]]
         step = float(moments["step"])
-        if step == 0:
+        if step == 0 or not moments["exp_avg"].numel():  # a rank may hold no row
             return 0.0
         mean = moments["exp_avg"] / (1 - BETAS[0] ** step)
         return float((mean / ((moments["exp_avg_sq"] / (1 - BETAS[1] ** step)).sqrt() + 1e-8)).square().mean().sqrt())
