@@ -7,9 +7,9 @@ decay ("Muon is Scalable for LLM Training", arXiv 2502.16982, §2.2). A matrix i
 `splits.py` cuts it into; a stack of experts is that many matrices. Those of one shape are orthogonalised together, in
 batched products: a step costs a few large kernels whatever the number of experts.
 
-`mean` keeps the momentum as torch.optim.Muon does, M ← M + (1 − μ)(G − M): the same direction, smaller by 1 − μ, and
-rounded to bfloat16 alike. Then both take the same steps bit for bit. The sum is what Moonlight writes, and differs by
-bfloat16's roundings only.
+`mean`, the default, keeps the momentum as torch.optim.Muon does, M ← M + (1 − μ)(G − M): the same direction, smaller by
+1 − μ, and rounded to bfloat16 alike, so that both take the same steps bit for bit. The sum is what Moonlight writes, and
+differs by bfloat16's roundings only.
 
 Three ways in: `muon_update` and `updated` are functions of tensors; `Muon.directions` and `Muon.apply` are halves of a
 step over weights by name, for who must move directions between; `Muon.step` is both, shape by shape.
@@ -31,7 +31,7 @@ MOMENTUM = 0.95
 UPDATE_RMS = 0.2
 
 
-def nesterov(gradient: Tensor, buffer: Tensor, momentum: float, scale: float = 1.0, mean: bool = False) -> Tensor:
+def nesterov(gradient: Tensor, buffer: Tensor, momentum: float, scale: float = 1.0, mean: bool = True) -> Tensor:
     """Takes the gradient (any float dtype) times `scale` into the float32 buffer, in place; returns μM + G, new."""
     gradient = gradient.float() if scale == 1 else gradient.float() * scale
     if mean:
@@ -43,7 +43,7 @@ def muon_update(
     gradient: Tensor,
     buffer: Tensor,
     momentum: float = MOMENTUM,
-    mean: bool = False,
+    mean: bool = True,
     coefficients: str = "jordan",
     calibrate: Spectrum | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -81,7 +81,7 @@ class Muon:
         momentum: float = MOMENTUM,
         *,
         nesterov: bool = True,
-        mean: bool = False,
+        mean: bool = True,
         coefficients: str = "jordan",
         calibrate: Spectrum | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -90,7 +90,8 @@ class Muon:
         named(coefficients)
         self.weights, self.weight_decay, self.momentum = dict(weights), weight_decay, momentum
         self.nesterov, self.mean, self.coefficients = nesterov, mean, coefficients
-        self.calibrate, self.dtype, self.splits = calibrate, dtype, dict(splits or {})
+        self.dtype, self.splits = dtype, dict(splits or {})
+        self.calibrate: Spectrum | None = calibrate
         self.buffers = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in self.weights.items()}
         self._squares: dict[str, Tensor] = {}
         # weights whose matrices have the same sides go together
@@ -193,7 +194,7 @@ class Muon:
 def from_torch_muon(
     state_dict: Mapping[str, object],
     names: Sequence[str | tuple[str, int]],
-    mean: bool = False,
+    mean: bool = True,
 ) -> dict[str, Tensor]:
     """What `Muon.load` takes, from torch.optim.Muon's `state_dict()`.
 
@@ -207,7 +208,7 @@ def from_torch_muon(
     momenta = {index: float(group["momentum"]) for group in groups for index in group["params"]}
     if sorted(state) != sorted(momenta) or len(momenta) != len(names):
         raise TrainingError(
-            f"The state of torch.optim.Muon has {len(state)} buffers of {len(momenta)} parameters for {len(names)} names.",
+            f"torch.optim.Muon's state has {len(state)} buffers of {len(momenta)} parameters for {len(names)} names.",
             "Name every parameter, in the order in which the optimizer got them, and save after a step of all.",
         )
     found: dict[str, Tensor] = {}

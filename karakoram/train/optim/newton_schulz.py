@@ -66,7 +66,7 @@ CHUNK_NUMBERS = 1 << 21
 # float32 products are summed in pieces, and a·X, b·A added last: of a long sum every term adds a rounding, and five
 # steps multiply them. Against float64, 128 × 256: 1.4e-6 in one sum, 6.5e-7 so, for a tenth more time.
 SUMMED_AT_ONCE = 16
-# Between them squares neither vanish nor overflow, whatever the matrix: 1e-10 / 1e4 per number of a large one.
+# Norms between which squares neither vanish nor overflow: of 1e8 numbers alike, each is 1e-14 or 1e6 there.
 SAFE_NORMS = (1e-10, 1e10)
 
 

@@ -53,7 +53,7 @@ class OwnedMuon:
         momentum: float = MOMENTUM,
         *,
         nesterov: bool = True,
-        mean: bool = False,
+        mean: bool = True,
         coefficients: str = "jordan",
         calibrate: Spectrum | None = None,
         dtype: torch.dtype = torch.bfloat16,

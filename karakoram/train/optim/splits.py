@@ -1,7 +1,7 @@
 """Which blocks of a parameter are the matrices that Muon orthogonalises.
 
-K2 and Moonlight take each parameter as it stands, experts one by one. A fused tensor is several matrices in one and must
-be cut: gate and up in Hugging Face's `gate_up_proj` [E, 2·I, D]. K3's Per-Head Muon (arXiv 2607.24653, §2.5) cuts
+K2 and Moonlight take each parameter as it stands, experts one by one. A fused tensor is several matrices in one and
+must be cut: gate and up in Hugging Face's `gate_up_proj` [E, 2·I, D]. K3's Per-Head Muon (arXiv 2607.24653, §2.5) cuts
 queries, keys and values by heads as well, so that no head's singular values share a budget with another's.
 
 A split maps a parameter (or a tensor shaped like it) to views that cover it once: it copies nothing, and what is

@@ -1,5 +1,7 @@
 """QK-Clip on a real model: a hot head's logits shrink by exactly γ, and nothing else changes by a bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,10 +30,10 @@ def _model(q_lora_rank: int | None, dtype: torch.dtype = torch.float32) -> tuple
 
 def _scores(model: Transformer, layer: int) -> Tensor:
     """The layer's logits [B, H, T, T] before masking, in the model's dtype, from the attention's own projections."""
-    attention, seen = model.model.layers[layer].self_attn, []
+    attention, seen = model.model.layers[layer].get_submodule("self_attn"), list[Tensor]()
 
-    def see(module: LatentAttention, inputs: tuple[Tensor, ...]) -> None:
-        q_nope, q_rope, latent, k_rope = module.project(*inputs[:2])
+    def see(module: LatentAttention, inputs: tuple[Any, ...]) -> None:
+        q_nope, q_rope, latent, k_rope = module.project(inputs[0], inputs[1])
         keys = module.kv_b_proj(latent).unflatten(-1, (4, -1))[..., : module.config.qk_nope_head_dim]
         nope_BHTT = q_nope.transpose(1, 2) @ keys.transpose(1, 2).mT
         seen.append((nope_BHTT + q_rope.transpose(1, 2) @ k_rope.unsqueeze(1).mT) * module.scale)
@@ -41,6 +43,12 @@ def _scores(model: Transformer, layer: int) -> Tensor:
         model.hidden(IDS)
     handle.remove()
     return seen[0]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope.rotate`, which computes in float32, in x's dtype."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _largest(model: Transformer, layer: int) -> Tensor:
@@ -93,6 +101,57 @@ def test_below_the_threshold_nothing_changes() -> None:
     model, masters = _model(32)
     before = {name: w.clone() for name, w in masters.weights.items()}
     logits = {layer: torch.tensor([100.0, 99.0, 0.0, -5.0]) for layer in (0, 1)}
+    assert qk_clip(masters.weights, logits, model.config, 100.0) == 0
+    assert all(torch.equal(w, before[name]) for name, w in masters.weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("q_lora_rank", [32, None], ids=["q_lora", "plain_query"])
+def test_logits_are_gamma_times_what_they_were(
+    q_lora_rank: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the roundings of the dtype; heads that stay have the same bits."""
+    monkeypatch.setattr("karakoram.model.attention.rotate", _rotate)
+    model, _ = _model(q_lora_rank, dtype)
+    before_BHTT = _scores(model, 1)
+    largest_H = before_BHTT.tril().amax((0, 2, 3))
+    threshold = float(largest_H.sort().values[1:3].mean())
+    weights = dict(model.named_parameters())
+    assert qk_clip(weights, {1: largest_H}, model.config, threshold) == 2
+    after_BHTT = _scores(model, 1)
+    for head, largest in enumerate(largest_H.tolist()):
+        if largest <= threshold:
+            assert torch.equal(after_BHTT[:, head], before_BHTT[:, head])
+            continue
+        expected = before_BHTT[:, head] * (threshold / largest)
+        off = (after_BHTT[:, head] - expected).norm() / expected.norm()
+        assert off <= {torch.float64: 1e-15, torch.float32: 6e-7}[dtype]
+
+
+def _all(part: dict[str, Tensor], held: slice) -> dict[str, slice]:
+    return dict.fromkeys(part, held)
+
+
+@pytest.mark.parametrize("q_lora_rank", [32, None], ids=["q_lora", "plain_query"])
+def test_rows_of_a_master_get_what_the_whole_would(q_lora_rank: int | None) -> None:
+    """Cut where no head ends, and with a part of no rows."""
+    model, masters = _model(q_lora_rank)
+    logits = {0: torch.tensor([250.0, 99.0, 101.0, 1.0]), 1: torch.tensor([1.0, 1.0, 3e3, 100.0])}
+    cuts = [slice(0, 7), slice(7, 7), slice(7, 100), slice(100, None)]
+    parts = [{name: w[held].clone() for name, w in masters.weights.items()} for held in cuts]
+    clipped = [
+        qk_clip(part, logits, model.config, 100.0, _all(part, held)) for part, held in zip(parts, cuts, strict=True)
+    ]
+    assert clipped == [3] * 4, "each counts the heads of all"
+    assert qk_clip(masters.weights, logits, model.config, 100.0) == 3
+    for name, weight in masters.weights.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), weight), name
+
+
+def test_what_is_no_number_clips_nothing() -> None:
+    model, masters = _model(32)
+    before = {name: w.clone() for name, w in masters.weights.items()}
+    logits = {0: torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0])}
     assert qk_clip(masters.weights, logits, model.config, 100.0) == 0
     assert all(torch.equal(w, before[name]) for name, w in masters.weights.items())
 

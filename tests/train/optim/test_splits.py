@@ -6,7 +6,7 @@ from torch import Tensor
 
 from karakoram.errors import TrainingError
 from karakoram.train.optim.muon import Muon
-from karakoram.train.optim.splits import Heads, fused, per_head, per_head_parts, splits_of, whole
+from karakoram.train.optim.splits import Heads, Split, fused, per_head, per_head_parts, splits_of, whole
 from tests.train import tiny
 
 CONFIG = tiny.model_config()  # 4 heads, nope, rope and value 16 each
@@ -16,7 +16,7 @@ FUSED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("split", [whole, fused(2), per_head(4), per_head_parts(4, (16, 16))])
-def test_views_cover_the_parameter_once(split) -> None:  # noqa: ANN001
+def test_views_cover_the_parameter_once(split: Split) -> None:
     weight = torch.zeros(128, 24)
     for view in split(weight):
         view += 1
@@ -35,14 +35,16 @@ def test_what_is_cut_by_names(heads: Heads, shapes: dict[str, list[tuple[int, ..
     weights = {
         Q: torch.zeros(4 * 32, 32), KV: torch.zeros(4 * 32, 32), FUSED: torch.zeros(4, 2 * 32, 64),
         f"{SELF}kv_a_proj_with_mqa.weight": torch.zeros(48, 64), f"{SELF}o_proj.weight": torch.zeros(64, 64),
-        "model.layers.1.mlp.experts.gate_proj": torch.zeros(4, 32, 64), "model.layers.1.mlp.gate.weight": torch.ones(4, 64),
+        "model.layers.1.mlp.experts.gate_proj": torch.zeros(4, 32, 64),
+        "model.layers.1.mlp.gate.weight": torch.ones(4, 64),
     }  # fmt: skip
     splits = splits_of(weights, CONFIG, heads)
     assert {name: [tuple(view.shape) for view in split(weights[name])] for name, split in splits.items()} == shapes
 
 
 def test_the_plain_query_is_cut_too() -> None:
-    assert list(splits_of([f"{SELF}q_proj.weight", f"{SELF}q_a_proj.weight"], CONFIG, "head")) == [f"{SELF}q_proj.weight"]
+    plain = f"{SELF}q_proj.weight"
+    assert list(splits_of([plain, f"{SELF}q_a_proj.weight"], CONFIG, "head")) == [plain]
 
 
 def test_an_unknown_way_is_refused() -> None:
