@@ -1,7 +1,7 @@
 """What does int4 cost, and how much of it does int4-aware training win back?
 
-A small K2-shaped model (`SHAPE`) is trained in bfloat16 to its end; a copy of the run leaves it at `INT4_FROM` and goes
-on with the same batches, its routed experts on the int4 grid. Three models come out: (i) bfloat16, (ii) the same
+A small K2-shaped model (`SHAPE`) is trained in bfloat16 to its end; a copy of the run leaves it at `--int4-from` and
+goes on with the same batches, its routed experts on the int4 grid. Three models come out: (i) bfloat16, (ii) the same
 weights rounded by `quantize` as published, (iii) trained on the grid. All three read the same held-out rows, at least
 200,000 tokens of them; gaps are paired by row.
 
@@ -11,7 +11,7 @@ weights rounded by `quantize` as published, (iii) trained on the grid. All three
 The finished int4 checkpoint is also compared with what `quantize` makes of the bfloat16 export of the same weights:
 how many codes, scales and values differ (the bar: none).
 
-    python benchmarks/int4_aware.py --data DIR [--seeds 0 1 2] [--steps 600] [--threads 1] [--out FILE]
+    python benchmarks/int4_aware.py --data DIR [--seeds 0 1 2] [--steps 500] [--threads 1] [--out FILE]
 
 DIR holds `text/*.txt` and `gsm8k/train.jsonl`; generated dialogs are mixed in. One line of JSON a seed and one for all:
 means over the seeds, and two standard errors: over rows within a seed, and over seeds.
@@ -51,7 +51,6 @@ from karakoram.train.data.plain_text import read_texts
 from karakoram.train.machine import keep_freed_memory
 
 ROWS, LENGTH = 16, 256
-INT4_FROM = 0.8
 HELD_OUT_EVERY = 16  # of the pieces of text: about 230,000 tokens
 DIALOG_TOKENS = 500_000
 HELD_OUT_DIALOG_TOKENS = 60_000
@@ -134,7 +133,7 @@ def row_losses(model: Transformer, rows_RT: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def train_both(rows_RT: Tensor, seed: int, steps: int, out: Path, rate: float) -> tuple[Path, Path]:
+def train_both(rows_RT: Tensor, seed: int, options: argparse.Namespace, out: Path) -> tuple[Path, Path]:
     """The run to its end, and the run that left it for the grid: their finished models' directories."""
     from karakoram.train.config import BalanceConfig, OptimizerConfig, ScheduleConfig, TrainConfig
     from karakoram.train.trainer import Trainer
@@ -143,18 +142,18 @@ def train_both(rows_RT: Tensor, seed: int, steps: int, out: Path, rate: float) -
 
     config = TrainConfig(
         model,
-        steps=steps,
-        optimizer=OptimizerConfig(learning_rate=rate, adamw_learning_rate=rate),
-        schedule=ScheduleConfig(warmup_steps=30, decay_from=INT4_FROM),
+        steps=options.steps,
+        optimizer=OptimizerConfig(learning_rate=options.rate, adamw_learning_rate=options.rate),
+        schedule=ScheduleConfig(warmup_steps=30, decay_from=options.decay_from),
         balance=BalanceConfig(rate=3e-3),
         int4_from=2.0,
         seed=seed,
     )
     plain = Trainer(config, Rows(rows_RT, seed), out / "bf16", {}, torch.bfloat16, compiled=False)
-    learn(plain, INT4_FROM)
+    learn(plain, options.int4_from)
     # neither copy writes a checkpoint before its end
     aware = copy.deepcopy(plain, {id(plain.checkpoints): plain.checkpoints})
-    aware.config, aware.out = replace(config, int4_from=INT4_FROM), out / "int4"
+    aware.config, aware.out = replace(config, int4_from=options.int4_from), out / "int4"
     learn(plain, 1.0)
     learn(aware, 1.0)
     return plain.finish(), aware.finish()
@@ -189,14 +188,14 @@ def _stored(path: Path) -> dict[str, Tensor]:
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-def one_seed(train_RT: Tensor, held_RT: Tensor, seed: int, steps: int, rate: float) -> dict[str, Any]:
+def one_seed(train_RT: Tensor, held_RT: Tensor, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train, round, read the held-out rows with all three, compare the exports."""
     from karakoram.train.checkpoints.export import save_model
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
-        plain, aware = train_both(train_RT, seed, steps, out, rate)
+        plain, aware = train_both(train_RT, seed, options, out)
         trained_s = time.monotonic() - began
         quantize(plain, out / "rounded")
         models = {"bf16": plain, "rounded": out / "rounded", "int4_aware": aware}
@@ -239,8 +238,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="holds text/*.txt and gsm8k/train.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=5e-3, help="learning rate")
+    parser.add_argument("--int4-from", type=float, default=0.8, help="share of the run")
+    parser.add_argument(
+        "--decay-from", type=float, default=0.5, help="share of the run at which the rate begins to fall"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     options = parser.parse_args()
@@ -255,12 +258,13 @@ def main() -> None:
     about = {
         "benchmark": "int4_aware", "commit": commit or None, "machine": platform.machine(), "cpu": processor().model,
         "threads": options.threads, "cpus": os.cpu_count(), "torch": torch.__version__, "steps": options.steps,
-        "tokens": options.steps * ROWS * LENGTH, "int4_from": INT4_FROM, "learning_rate": options.rate,
+        "tokens": options.steps * ROWS * LENGTH, "int4_from": options.int4_from, "decay_from": options.decay_from,
+        "learning_rate": options.rate,
         "unique_tokens": train_RT[:, 1:].numel(), "held_out_tokens": held_RT[:, 1:].numel(),
     }  # fmt: skip
     lines: list[dict[str, Any]] = []
     for seed in options.seeds:
-        lines.append(one_seed(train_RT, held_RT, seed, options.steps, options.rate))
+        lines.append(one_seed(train_RT, held_RT, seed, options))
         _write(about | lines[-1], options.out)
     _write(about | over_seeds(lines), options.out)
 

@@ -14,11 +14,11 @@ from karakoram.config import ModelConfig
 from karakoram.errors import CheckpointError, InputError
 from karakoram.model.load import load_model
 from karakoram.model.transformer import Transformer
+from karakoram.train.checkpoints.export import save_model
 from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
 from karakoram.train.optim.adamw import AdamW
 from karakoram.train.post import lora
-from karakoram.train.checkpoints.export import save_model
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
