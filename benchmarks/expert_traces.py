@@ -86,7 +86,7 @@ def read(model: Transformer, recorder: Recorder, texts: Iterator[list[int]]) -> 
 def dialogs() -> Iterator[list[int]]:
     """Token ids of held-out dialogs."""
     fmt = load_chat_format(bundled_model_dir())
-    for scenario in nano_tools.scenarios(DIALOGS):
+    for scenario in nano_tools.scenarios(DIALOGS, edition=1):
         yield fmt.encode(scenario.document.messages, scenario.document.tools)[:DIALOG_TOKENS]
 
 

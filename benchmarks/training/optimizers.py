@@ -76,14 +76,18 @@ def summary(runs: list[dict[str, Any]]) -> None:
                 losses = [r["held_out_loss"] for r in of]
                 mean, s = statistics.fmean(losses), statistics.stdev(losses)
                 seconds = statistics.median(r["seconds"] for r in of)
-                print(f"{name:9} {share:.0%} of the tokens, rate {rate:g}: {mean:.4f} ± {s:.4f} ({len(of)} seeds), {seconds:.0f} s")
+                print(
+                    f"{name:9} {share:.0%} of the tokens, rate {rate:g}: {mean:.4f} ± {s:.4f} ({len(of)} seeds), {seconds:.0f} s"
+                )
                 if (name, share) not in best or mean < best[name, share][0]:
                     best[name, share] = (mean, s, rate, seconds)
     for share in SHARES["muonclip"]:
         if ("muonclip", share) in best and ("adamw", 1.0) in best:
             (a, sa, _, ta), (m, sm, _, tm) = best["adamw", 1.0], best["muonclip", share]
             error = math.sqrt((sa**2 + sm**2) / len(SEEDS))
-            print(f"MuonClip on {share:.0%}: {m - a:+.4f} nats against AdamW on all, {(a - m) / error:.1f} standard errors; wall clock {tm / ta:.2f} ×")
+            print(
+                f"MuonClip on {share:.0%}: {m - a:+.4f} nats against AdamW on all, {(a - m) / error:.1f} standard errors; wall clock {tm / ta:.2f} ×"
+            )
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def tasks(ctx: typer.Context) -> None:
 def nano_tools(
     model: Model = "nano",
     dialogs: Annotated[int, typer.Option(min=1, max=100_000, help="How many held-out dialogs.")] = 500,
+    edition: Annotated[int, typer.Option(min=1, max=2, help="1: at most two calls; 2: chains of up to five.")] = 2,
     json_file: Json = None,
     failures: Failures = 0,
     dialect: options.Dialect = None,
@@ -57,7 +58,7 @@ def nano_tools(
     def task(fmt: Any, generate_batch: Any, progress: Any) -> Any:
         from karakoram.evals.nano_tools import evaluate
 
-        return evaluate(fmt, generate_batch, dialogs, progress=progress)
+        return evaluate(fmt, generate_batch, dialogs, progress=progress, edition=edition)
 
     _run("nano-tools", task, model, dialect, device, dtype.value, allow_config_key or [], json_file, failures)
 
@@ -89,8 +90,11 @@ def arithmetic(
 
 @eval_command.command("gsm8k")
 def gsm8k(
-    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="The folder that holds gsm8k/train.jsonl.")],
     model: Model = "nano",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="The folder of gsm8k/train.jsonl; else problems of ours."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="How many of the 500 held-out problems.")] = 500,
     json_file: Json = None,
     failures: Failures = 0,
@@ -99,13 +103,13 @@ def gsm8k(
     dtype: options.DtypeOption = options.Dtype.bfloat16,
     allow_config_key: options.AllowConfigKey = None,
 ) -> None:
-    """Held-out word problems of GSM8K with the calculator, greedy.
+    """Held-out word problems with the calculator, greedy: GSM8K's, or generated ones.
 
     \b
     Example:
       k2 eval gsm8k --data ../shared/data
     """
-    if not (data / "gsm8k" / "train.jsonl").is_file():
+    if data is not None and not (data / "gsm8k" / "train.jsonl").is_file():
         raise InputError(f"--data {data} holds no gsm8k/train.jsonl.", "Give the folder that holds gsm8k/.")
 
     def task(fmt: Any, generate_batch: Any, progress: Any) -> Any:

@@ -1,7 +1,7 @@
 """Word problems with the calculator: GSM8K's last 500, held out from our training, or held-out ones of our own.
 
-Ours (`stories`) are generated as the training ones are, of one to five calculations, with sentences, names and tools that
-training never shows; they need no data.
+Ours (`stories`) are generated as the training ones are, of one to five calculations, with sentences, names and tools
+that training never shows; they need no data.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,6 @@ def evaluate(
     limit: int = 500,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """`data_dir` holds `gsm8k/train.jsonl`; without it the problems are ours. They take up to six calls and an answer."""
+    """`data_dir` holds `gsm8k/train.jsonl`; without it the problems are ours. Up to six calls and an answer."""
     asked = stories(limit) if data_dir is None else held_out(data_dir)[:limit]
     return report(live(fmt, asked, generate_batch, max_rounds=MAX_CALLS + 1, progress=progress))

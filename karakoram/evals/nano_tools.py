@@ -6,8 +6,9 @@ and satisfy the schema of a declared tool, the share of final answers that are e
 means), per family and per number of calls, all with 95 % Wilson intervals. Two more numbers say what the shares leave
 out: dialogs that needed a call and got none, and dialogs without a final answer.
 
-Two editions. The first has at most two calls for a question. The second, the default, takes 68 % of its dialogs from the
-first (the same ones) and adds chains: 5 % of two calls, 9 % each of three, four and five, a fifth of them word problems.
+Two editions. The first has at most two calls for a question. The second, the default, takes 68 % of its dialogs from
+the first (the same ones) and adds chains: 5 % of two calls, 9 % each of three, four and five, a fifth of them word
+problems.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,9 @@ def _mix(edition: int, index: int) -> str:
 def scenarios(count: int = DIALOGS, seed: int = SEED, edition: int = EDITION) -> list[Scenario]:
     """The first `count` held-out dialogs of an edition; the same for everyone. Raises InputError for an unknown one."""
     if edition not in _SHARES:
-        raise InputError(f"There is no edition {edition} of nano-tools.", f"Choose one of {', '.join(map(str, _SHARES))}.")
+        raise InputError(
+            f"There is no edition {edition} of nano-tools.", f"Choose one of {', '.join(map(str, _SHARES))}."
+        )
     return [dialogs.scenario(seed, index, "eval", mix=_mix(edition, index)) for index in range(count)]
 
 

@@ -20,7 +20,10 @@ from karakoram.tools import BUILTIN, call
 from karakoram.train.data.bpe import DIALECT, byte_order, special_ids
 from karakoram.train.data.documents import Scenario
 
-FIRST_EDITION = "77abc270f688aa3a4fe80c0c5d6fab0671d7c2ba527aedbd639366f138abd59a"  # of the 500 dialogs of issue 1
+EDITIONS = {  # of 500 dialogs each
+    1: "77abc270f688aa3a4fe80c0c5d6fab0671d7c2ba527aedbd639366f138abd59a",
+    2: "43d1d55d5620aebb0466cc3061f6ac2748f064857b0c17278a504e14996c4c22",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +53,14 @@ def test_the_evaluation_is_the_same_for_everyone(edition: int) -> None:
     assert [scenario.document for scenario in first] == [scenario.document for scenario in again]
 
 
-def test_the_first_edition_has_not_changed_since_it_was_first_measured() -> None:
+@pytest.mark.parametrize("edition", [1, 2])
+def test_an_edition_has_not_changed_since_it_was_first_measured(edition: int) -> None:
     digest = sha256()
-    for scenario in nano_tools.scenarios(500, edition=1):
+    for scenario in nano_tools.scenarios(500, edition=edition):
         document = scenario.document
         seen = [document.messages, document.tools, document.thinking, scenario.expected, scenario.family]
         digest.update(json.dumps(seen, ensure_ascii=False, sort_keys=True).encode())
-    assert digest.hexdigest() == FIRST_EDITION
+    assert digest.hexdigest() == EDITIONS[edition]
 
 
 def test_the_second_edition_holds_chains_of_up_to_five_calls() -> None:

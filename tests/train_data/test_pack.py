@@ -40,7 +40,7 @@ def test_written_tokens_follow_exactly_the_prompts_of_inference(fmt: ChatFormat)
                 wanted[len(prompt) : len(prompt) + len(generated)] = [weight] * len(generated)
             assert weights == wanted
     assert turns > 5
-    assert mistakes > 3
+    assert mistakes > 1
 
 
 def test_most_samples_are_short(fmt: ChatFormat) -> None:
@@ -50,7 +50,7 @@ def test_most_samples_are_short(fmt: ChatFormat) -> None:
         stream = samples(fmt, seed=3, mix=mix)
         lengths = sorted(len(next(stream)[0]) for _ in range(600))
         means[mix.families] = sum(lengths) / len(lengths)
-        assert lengths[len(lengths) * 6 // 10] <= (380 if mix is pack.PRETRAIN else 430)  # names are spelled in pairs
+        assert lengths[len(lengths) * 6 // 10] <= (400 if mix is pack.PRETRAIN else 440)  # names are spelled in pairs
         assert lengths[int(len(lengths) * 0.995)] <= pack.MAX_SAMPLE_TOKENS
     assert means["sft"] < 1.25 * means["pretrain"]
 
@@ -77,7 +77,7 @@ def test_stages() -> None:
 
 def test_samples_start_anywhere(fmt: ChatFormat) -> None:
     stream = samples(fmt, seed=3, start_index=7)
-    assert next(stream) == document_samples(fmt, dialogs.generate(3, 7))[0]
+    assert next(stream) == document_samples(fmt, dialogs.generate(3, 7, mix="pretrain"))[0]
 
 
 def test_plain_text_weighs_one_and_ends(fmt: ChatFormat) -> None:

@@ -1,8 +1,8 @@
 """GSM8K as conversations with a calculator: each `<<48/2=24>>` of a worked answer becomes a call and its result.
 
-Thoughts are those of generated word problems: the result so far is quoted, then comes the next calculation. A problem is
-kept only if the calculator reproduces every result, so that the model never learns to distrust the tool. The last 500
-problems are held out and only scored.
+Thoughts are those of generated word problems: the result so far is quoted, then comes the next calculation. A problem
+is kept only if the calculator reproduces every result, so that the model never learns to distrust the tool. The last
+500 problems are held out and only scored.
 Source: openai/grade-school-math (MIT), `train.jsonl`, which the user supplies with `--data DIR`.
 """
 

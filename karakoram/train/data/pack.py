@@ -45,8 +45,8 @@ Sample = tuple[list[int], list[float]]
 class Mix:
     """What a cache is made of.
 
-    dialogs, gsm8k, text  shares of chunks by source; `data_dir` holds `gsm8k/train.jsonl` and `text/*.txt` where they are
-                          above 0
+    dialogs, gsm8k, text  shares of chunks by source
+    data_dir              holds `gsm8k/train.jsonl` and `text/*.txt`, where these shares are above 0
     rich                  dialogs from all phrasings, not only the first ones
     families              which of `dialogs.MIXES` the dialogs are drawn from
     read_weight           weight of what is only read, in tenths between 0 and 1
@@ -76,7 +76,7 @@ SFT = Mix(rich=True, families="sft", read_weight=0.0)
 
 
 def stage_mix(stage: str, data_dir: Path | None = None) -> Mix:
-    """The mix of nano's stage `pretrain`, or of `sft` and what follows it, with GSM8K (and text, before) if there is data."""
+    """What nano's stage `pretrain` reads, or `sft` and all after it; given data, GSM8K too, and text in `pretrain`."""
     mix = PRETRAIN if stage == "pretrain" else SFT
     if data_dir is None:
         return mix

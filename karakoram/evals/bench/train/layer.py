@@ -1,8 +1,8 @@
 """`k2 bench train --layer`: one layer of experts, forward and backward, beside both of transformers' ways.
 
 Hidden 256, 64 experts of 128 of which 4 run, router and shared expert included, 4,096 tokens, in float32 and bfloat16.
-Every candidate draws the same router and the same inputs: as many tokens go to each expert. A ratio is to the better of
-a way as a person gets it and with the allocator settings of `k2 train`.
+Every candidate draws the same router and the same inputs: as many tokens go to each expert. Each of theirs runs in turn
+with ours, as a person gets it and with the allocator settings of `k2 train`; a way's ratio is the smaller of the two.
 
     matmul_share   of our rows: FLOPs of the layer's products, three forwards', over the time, of what one large product
                    in the same dtype reaches between the rounds
@@ -14,8 +14,8 @@ from typing import Any
 from karakoram.evals.bench.report import Say, bracketed, silent
 from karakoram.evals.bench.threads import REFERENCE
 from karakoram.evals.bench.train.order import LAYER_SHAPE, LENGTH, OURS, ROWS, THEIRS, Order, config_of
-from karakoram.evals.bench.train.process import Measured, in_turn
-from karakoram.evals.bench.train.step import ABSENT, TrainRow, commit, ratios, row_of
+from karakoram.evals.bench.train.process import Measured, Pair, alone, in_pairs
+from karakoram.evals.bench.train.step import ABSENT, TrainRow, commit, row_of
 from karakoram.model.cost.training import layer_flops
 
 DTYPES = ("float32", "bfloat16")
@@ -35,23 +35,27 @@ def layer_bench(
     compiled: bool = True,
 ) -> dict[str, Any]:
     """The report: `rounds` times 4 · `steps` passes of each."""
-    orders = [Order("layer", OURS, "", dtype, True, compiled, threads, rows, length, shape) for dtype in DTYPES]
-    if installed := find_spec(THEIRS):
-        orders += [
-            Order("layer", THEIRS, way, dtype, keeps, False, threads, rows, length, shape)
-            for dtype in DTYPES for way in WAYS for keeps in (False, True)
-        ]  # fmt: skip
+    reason = None if find_spec(THEIRS) else ABSENT
     found = dict[str, Any]()
 
     def measure(_: str, notes: list[str]) -> list[TrainRow]:
-        measured = in_turn(orders, CALLS_PER_STEP * steps, rounds, WARM_UP_STEPS, notes, say)
-        found["ratios"] = {dtype: _ratios(dtype, measured) for dtype in DTYPES}
-        notes.append(_in_words(found["ratios"]) if installed else f"No baseline: {ABSENT}.")
+        measured, calls = list[Measured](), CALLS_PER_STEP * steps
+        for dtype in DTYPES:
+            ours = Order("layer", OURS, "", dtype, True, compiled, threads, rows, length, shape)
+            others = [
+                Order("layer", THEIRS, way, dtype, keeps, False, threads, rows, length, shape)
+                for way in WAYS for keeps in (False, True) if reason is None
+            ]  # fmt: skip
+            pairs = in_pairs(ours, others, calls, rounds, WARM_UP_STEPS, notes, say) if others else []
+            found[dtype] = _ratios(pairs)
+            ours_again = [pair.ours for pair in pairs] or [alone(ours, calls, rounds, WARM_UP_STEPS, say)]
+            measured += [min(ours_again, key=lambda m: m.median_s), *(pair.theirs for pair in pairs)]
+        notes.append(f"No baseline: {reason}." if reason else _in_words(found))
         return [_row(each) for each in measured]
 
     report = bracketed(REFERENCE, threads, measure, say)
-    return report | found | {
-        "baseline_reason": None if installed else ABSENT, "batch": [rows, length], "rounds": rounds,
+    return report | {
+        "ratios": found, "baseline_reason": reason, "batch": [rows, length], "rounds": rounds,
         "calls": CALLS_PER_STEP * steps, "commit": commit(),
     }  # fmt: skip
 
@@ -66,15 +70,13 @@ def _row(measured: Measured) -> TrainRow:
     return TrainRow(made.row | {"matmul_share": share}, made.problem)
 
 
-def _ratios(dtype: str, measured: list[Measured]) -> dict[str, Any]:
+def _ratios(pairs: list[Pair]) -> dict[str, Any]:
     """Way -> ratio of medians, and round by round, to the faster allocator setting."""
-    ours = next(m for m in measured if m.order.who == OURS and m.dtype == dtype)
     told = dict[str, Any]()
     for way in WAYS:
-        theirs = [m for m in measured if m.order.who == THEIRS and (m.order.implementation, m.dtype) == (way, dtype)]
-        if theirs:
-            best = min(theirs, key=lambda m: m.median_s)
-            told[way] = {"ratio": best.median_s / ours.median_s, "by_round": ratios(ours, best), "baseline": best.name}
+        if of_way := [pair for pair in pairs if pair.theirs.order.implementation == way]:
+            best = min(of_way, key=lambda pair: pair.ratio)
+            told[way] = {"ratio": best.ratio, "by_round": best.by_round, "baseline": best.theirs.name}
     return told
 
 

@@ -80,7 +80,7 @@ def draw_weights(module: torch.nn.Module) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=seeded) * 0.02)
 
 
-def there_and_back(module: Callable[[torch.Tensor], torch.Tensor], order: Order, hidden: int, dtype: torch.dtype) -> Call:
+def there_and_back(module: torch.nn.Module, order: Order, hidden: int, dtype: torch.dtype) -> Call:
     """Forward and backward of [rows, length, hidden], gradients of input and weights; a few inputs in turn."""
     draw = torch.Generator().manual_seed(2)
     inputs = [torch.randn(order.rows, order.length, hidden, generator=draw).to(dtype) for _ in range(4)]
@@ -88,11 +88,9 @@ def there_and_back(module: Callable[[torch.Tensor], torch.Tensor], order: Order,
 
     def call(number: int) -> dict[str, Any]:
         x = inputs[number % len(inputs)].detach().requires_grad_()
-        if isinstance(module, torch.nn.Module):
-            module.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         y = module(x)
         y.backward(gradient)
-        assert x.grad is not None
         return {"loss": float(y.detach().float().square().mean())}
 
     return call

@@ -1,7 +1,8 @@
-"""Candidates in processes of their own, run in turn: what else happens on the machine then happens to all of them.
+"""Candidates in processes of their own, run in turn: what else happens on the machine then happens to both of a pair.
 
-A process each, because the allocator's settings and the threads' team are a process's; all are warmed up first, and
-only one runs at a time. One of transformers' that cannot run here is told in the notes and left out.
+A process each, because the allocator's settings and the threads' team are a process's. Ours stays; those that it is
+compared with come one after the other, each warmed up and then in turn with ours: two models in memory at a time. One
+of transformers' that cannot run here is told in the notes and left out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +34,11 @@ class Process:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self._said = tempfile.TemporaryFile()
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": str(order.threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
-        }  # fmt: skip
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`; a pipe would fill up and block it
+        own = {"OMP_NUM_THREADS": str(order.threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _DOOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
-            text=True, env=environment,
+            text=True, env={**os.environ, **own},
         )  # fmt: skip
         self._tell(order.to_json())
 
@@ -117,48 +116,68 @@ class Measured:
         }  # fmt: skip
 
 
-@contextmanager
-def _started(orders: Sequence[Order]) -> Iterator[list[Process]]:
-    """A process for each; they are ended whatever happens."""
-    processes = list[Process]()
+@dataclass(frozen=True)
+class Pair:
+    """Ours and one other, in the same rounds."""
+
+    ours: Measured
+    theirs: Measured
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours was, by medians."""
+        return self.theirs.median_s / self.ours.median_s
+
+    @property
+    def by_round(self) -> list[float]:
+        """The same of each round."""
+        return [
+            statistics.median(b["seconds"]) / statistics.median(a["seconds"])
+            for a, b in zip(self.ours.rounds, self.theirs.rounds, strict=True)
+        ]
+
+
+def alone(order: Order, steps: int, rounds: int, warm_up: int, say: Say) -> Measured:
+    """Ours without anything beside it."""
+    with closing(_warm(order, warm_up, say)) as ours:
+        return Measured(order, [_ours(ours, steps) for _ in range(rounds)])
+
+
+def in_pairs(
+    ours: Order, others: Sequence[Order], steps: int, rounds: int, warm_up: int, notes: list[str], say: Say
+) -> list[Pair]:
+    """`rounds` times `steps` steps of ours and of each other in turn. Raises KarakoramError where ours ends early."""
+    found = list[Pair]()
+    with closing(_warm(ours, warm_up, say)) as process:
+        for other in others:
+            say(f"in turn with {other.name}")
+            with closing(Process(other)) as beside:
+                try:
+                    beside.run(warm_up)
+                    turns = [(_ours(process, steps), beside.run(steps)) for _ in range(rounds)]
+                except Ended as ended:
+                    notes.append(f"{other.name} does not run here: {ended}")
+                    continue
+            found.append(Pair(Measured(ours, [a for a, _ in turns]), Measured(other, [b for _, b in turns])))
+    return found
+
+
+def _warm(order: Order, steps: int, say: Say) -> Process:
+    say(f"warming up: {order.name}")
+    process = Process(order)
     try:
-        for order in orders:
-            processes.append(Process(order))
-        yield processes
-    finally:
-        for process in processes:
-            process.close()
+        _ours(process, steps)
+    except BaseException:
+        process.close()
+        raise
+    return process
 
 
-def in_turn(
-    orders: Sequence[Order], steps: int, rounds: int, warm_up: int, notes: list[str], say: Say
-) -> list[Measured]:
-    """Warm all up, then `rounds` times `steps` steps of each. Raises KarakoramError where one of ours ends early."""
-    found = list[tuple[Process, Measured]]()
-    with _started(orders) as processes:
-        for process in processes:
-            say(f"warming up: {process.order.name}")
-            if _run(process, warm_up, notes) is not None:
-                found.append((process, Measured(process.order)))
-        for turn in range(rounds):
-            say(f"round {turn + 1} of {rounds}")
-            for process, measured in list(found):
-                told = _run(process, steps, notes)
-                if told is None:
-                    found.remove((process, measured))
-                else:
-                    measured.rounds.append(told)
-    return [measured for _, measured in found]
-
-
-def _run(process: Process, steps: int, notes: list[str]) -> dict[str, Any] | None:
+def _ours(process: Process, steps: int) -> dict[str, Any]:
     try:
         return process.run(steps)
     except Ended as ended:
-        if process.order.who == OURS:
-            raise KarakoramError(
-                f"Training of the benchmark's model has ended early: {ended}",
-                "Leave fewer programs beside it if memory is short; `k2 doctor` shows what is there.",
-            ) from None
-        notes.append(f"{process.order.name} does not run here: {ended}")
-        return None
+        raise KarakoramError(
+            f"Training of the benchmark's model has ended early: {ended}",
+            "Leave fewer programs beside it if memory is short; `k2 doctor` shows what is there.",
+        ) from None

@@ -1,8 +1,9 @@
 """`k2 bench train`: tokens per second of whole training steps, beside transformers with fused AdamW.
 
 Ours is the step of `k2 train` with MuonClip, in the dtype that it would choose here. The baseline is the best of
-transformers' DeepseekV3 in three ways, each as a person gets it and with the allocator settings of `k2 train`. All run
-in turn, so that other load hits all of them; medians count, and the ratio of each round is told beside them.
+transformers' DeepseekV3 in three ways, each as a person gets it and with the allocator settings of `k2 train`: the one
+to which ours has the smallest ratio. Each runs in turn with ours, so that other load hits both; medians count, and the
+ratio of each round is told beside them.
 
     optimizer_share   of the step's time: all but forward and backward: gradient norm, MuonClip, balance, publishing
     matmul_share      FLOPs of the model's products (three forwards') and of Newton-Schulz over the time, of what one
@@ -13,7 +14,6 @@ in turn, so that other load hits all of them; medians count, and the ratio of ea
 import os
 import statistics
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +23,13 @@ from karakoram.evals.bench import memory
 from karakoram.evals.bench.report import Say, bracketed, silent
 from karakoram.evals.bench.threads import REFERENCE
 from karakoram.evals.bench.train.order import LENGTH, OURS, ROWS, STEP_SHAPE, THEIRS, Order, config_of
-from karakoram.evals.bench.train.process import Measured, in_turn
+from karakoram.evals.bench.train.process import Measured, Pair, alone, in_pairs
 from karakoram.model.cost import parameters
 from karakoram.model.cost.training import muon_flops, training_flops
 
 WARM_UP_STEPS = 3  # compiling, and kernels that oneDNN prepares for each new shape
 WAYS = (("eager", "float32"), ("grouped_mm", "float32"), ("grouped_mm", "bfloat16"))
-PROCESS_BYTES = 3 << 29  # of one candidate, at most: 1.2 GB seen for ours, 1.5 GB for theirs
+PAIR_BYTES = 6_500_000_000  # two processes: 2.4 GB seen for ours, 2.9 to 3.7 GB for theirs
 ABSENT = f"{THEIRS} is not installed here: pip install {THEIRS}"
 NONE_RUNS = f"no way of {THEIRS} runs here, see the notes"
 
@@ -57,19 +57,24 @@ def train_bench(
     compiled: bool = True,
 ) -> dict[str, Any]:
     """The report: `rounds` times `steps` steps of each. Raises InputError where memory is too short."""
-    orders = [Order("step", OURS, compiled=compiled, threads=threads, rows=rows, length=length, shape=shape)]
-    if find_spec(THEIRS):
-        orders += [
-            Order("step", THEIRS, way, dtype, keeps, False, threads, rows, length, shape)
-            for way, dtype in WAYS for keeps in (False, True)
-        ]  # fmt: skip
+    ours = Order("step", OURS, compiled=compiled, threads=threads, rows=rows, length=length, shape=shape)
+    others = [
+        Order("step", THEIRS, way, dtype, keeps, False, threads, rows, length, shape)
+        for way, dtype in WAYS for keeps in (False, True) if find_spec(THEIRS)
+    ]  # fmt: skip
     if shape is STEP_SHAPE:
-        memory.require(len(orders) * PROCESS_BYTES, f"{len(orders)} models in training", "Close other programs.")
+        memory.require(PAIR_BYTES, "Two models in training", "Close other programs.")
     found = dict[str, Any]()
 
     def measure(_: str, notes: list[str]) -> list[TrainRow]:
-        measured = in_turn(orders, steps, rounds, WARM_UP_STEPS, notes, say)
-        found.update(_told(measured[0], measured[1:], len(orders) > 1))
+        pairs = in_pairs(ours, others, steps, rounds, WARM_UP_STEPS, notes, say) if others else []
+        if pairs:
+            best = min(pairs, key=lambda pair: pair.ratio)
+            found.update(_of_ours(best.ours), **_of_baseline(best))
+            measured = [best.ours, *(pair.theirs for pair in pairs)]
+        else:
+            measured = [alone(ours, steps, rounds, WARM_UP_STEPS, say)]
+            found.update(_of_ours(measured[0]), **_no_baseline(NONE_RUNS if others else ABSENT))
         notes.append(_in_words(found, steps, rounds))
         return [row_of(each) for each in measured]
 
@@ -83,33 +88,29 @@ def row_of(measured: Measured) -> TrainRow:
     return TrainRow(measured.to_dict(), broken)
 
 
-def _told(ours: Measured, theirs: Sequence[Measured], installed: bool) -> dict[str, Any]:
+def _of_ours(ours: Measured) -> dict[str, Any]:
     order = ours.order
     config, tokens, step_s = config_of(order.shape), order.rows * order.length, ours.median_s
     model_flops, peak = tokens * training_flops(config, order.length), ours.matmul_flops_per_s
-    told = {
-        "tokens_per_s": tokens / step_s, "baseline_tokens_per_s": None, "baseline": None,
-        "baseline_reason": NONE_RUNS if installed else ABSENT,
-        "ratio": None, "ratio_by_round": None, "dtype": ours.dtype, "optimizer_share": _optimizer_share(ours),
+    return {
+        "tokens_per_s": tokens / step_s, "dtype": ours.dtype, "optimizer_share": _optimizer_share(ours),
         "matmul_share": (model_flops + muon_flops(config)) / step_s / peak, "mfu": model_flops / step_s / peak,
         "matmul_flops_per_s": peak, "flops_per_step": {"model": model_flops, "newton_schulz": muon_flops(config)},
         "loss_finite": ours.finite, "parameters": parameters(config).total,
     }  # fmt: skip
-    if theirs:
-        best = min(theirs, key=lambda measured: measured.median_s)
-        told |= {
-            "baseline_tokens_per_s": tokens / best.median_s, "baseline": best.name, "baseline_reason": None,
-            "ratio": best.median_s / step_s, "ratio_by_round": ratios(ours, best),
-        }  # fmt: skip
-    return told
 
 
-def ratios(ours: Measured, theirs: Measured) -> list[float]:
-    """How many times faster ours was, round by round."""
-    return [
-        statistics.median(b["seconds"]) / statistics.median(a["seconds"])
-        for a, b in zip(ours.rounds, theirs.rounds, strict=True)
-    ]
+def _of_baseline(best: Pair) -> dict[str, Any]:
+    theirs = best.theirs
+    return {
+        "baseline_tokens_per_s": theirs.order.rows * theirs.order.length / theirs.median_s, "baseline": theirs.name,
+        "baseline_reason": None, "ratio": best.ratio, "ratio_by_round": best.by_round,
+    }  # fmt: skip
+
+
+def _no_baseline(reason: str) -> dict[str, Any]:
+    names = ("baseline_tokens_per_s", "baseline", "ratio", "ratio_by_round")
+    return {**dict.fromkeys(names), "baseline_reason": reason}
 
 
 def _optimizer_share(ours: Measured) -> float:

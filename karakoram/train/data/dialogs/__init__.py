@@ -75,14 +75,14 @@ MIXES: dict[str, dict[str, float]] = {
         "small_talk": 0.03, "fact": 0.03, "refusal": 0.02, "chain": 0.04, "parallel": 0.02,
     },
     "pretrain": {
-        "calculation": 0.17, "operation": 0.05, "adding": 0.04, "difference": 0.04, "day_of_week": 0.03,
-        "conversion": 0.10, "lookup": 0.10, "table": 0.09, "quote": 0.03, "listing": 0.07, "files": 0.03, "action": 0.06,
+        "calculation": 0.16, "operation": 0.05, "adding": 0.04, "difference": 0.04, "day_of_week": 0.03,
+        "conversion": 0.10, "lookup": 0.10, "table": 0.09, "quote": 0.04, "listing": 0.07, "files": 0.03, "action": 0.06,
         "small_talk": 0.02, "fact": 0.02, "refusal": 0.02, "chain": 0.03, "parallel": 0.02,
         "short_story": 0.04, "short_steps": 0.04,
     },
     "sft": {
-        "calculation": 0.135, "operation": 0.045, "adding": 0.035, "difference": 0.035, "day_of_week": 0.02,
-        "conversion": 0.085, "lookup": 0.07, "table": 0.085, "quote": 0.02, "listing": 0.06, "files": 0.03,
+        "calculation": 0.125, "operation": 0.045, "adding": 0.035, "difference": 0.035, "day_of_week": 0.02,
+        "conversion": 0.085, "lookup": 0.07, "table": 0.085, "quote": 0.03, "listing": 0.06, "files": 0.03,
         "action": 0.06, "small_talk": 0.015, "fact": 0.015, "refusal": 0.02, "chain": 0.035, "parallel": 0.02,
         "story": 0.08, "steps": 0.135,
     },
@@ -100,9 +100,7 @@ _THRESHOLDS = {mix: list(accumulate(shares.values())) for mix, shares in MIXES.i
 def _family(rng: Random, mix: str) -> Family:
     thresholds = _THRESHOLDS[mix]
     roll = rng.random() * thresholds[-1]
-    return FAMILIES[
-        next(name for name, threshold in zip(MIXES[mix], thresholds, strict=True) if roll < threshold)
-    ]
+    return FAMILIES[next(name for name, threshold in zip(MIXES[mix], thresholds, strict=True) if roll < threshold)]
 
 
 def scenario(seed: int, index: int, split: Split = "train", rich: bool = False, mix: str = "sft") -> Scenario:

@@ -83,7 +83,9 @@ def compose(tasks: list[Task], rng: Random, split: Split, demo: bool) -> Scenari
         _turn(talk, task, question if task.verbatim else say(question, rng, split), rng)
     tools = [bound_tool.tool for bound_tool in order]
     failure = tasks[-1].failure
-    document = Document(talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking, mistakes=tuple(talk.mistakes))
+    document = Document(
+        talk.messages, [tool.declaration() for tool in tools] or None, talk.thinking, mistakes=tuple(talk.mistakes)
+    )
     if failure is not None:
         failing = _of(talk, tasks[-1].steps[0][0]).tool
         tools = [_fails_first(tool, failure) if tool is failing else tool for tool in tools]
@@ -206,7 +208,9 @@ def _mistake(talk: _Talk, use: Use, rng: Random) -> None:
     answer = f"error: there is no tool {name}" if name != bound.tool.name else run_call(bound.tool, text)
     call_id = f"functions.{name}:{talk.calls}"
     talk.calls += 1
-    values = ", ".join(f"{key} = {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    values = ", ".join(
+        f"{key} = {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()
+    )
     message = _assistant(talk, f"{use.thought} Use {name}: {values}.", "")
     message["tool_calls"] = [{"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}]
     talk.mistakes.append(len(talk.messages))

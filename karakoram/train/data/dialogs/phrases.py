@@ -54,5 +54,5 @@ class Phrases:
                 choices = more
         template = choices[int(rng.random() * len(choices))]
         if "[" in template:
-            template = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
+            template = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template).strip()
         return template.format_map(slots) if slots else template

@@ -226,7 +226,11 @@ def _alike(name: str, rng: Random) -> str:
     """Another name of training that begins or ends like this one, so that only the whole name tells them apart."""
     first, _, noun = name.partition(" ")
     if noun:
-        return f"{english(rng, 'train', 'adjective')} {noun}" if rng.random() < 0.6 else f"{first} {english(rng, 'train', 'noun')}"
+        return (
+            f"{english(rng, 'train', 'adjective')} {noun}"
+            if rng.random() < 0.6
+            else f"{first} {english(rng, 'train', 'noun')}"
+        )
     if not first[0].isupper():
         return f"{english(rng, 'train', 'adjective')} {first}"
     while True:
@@ -295,13 +299,17 @@ def table(rng: Random, split: Split) -> Task:
 
 
 def quote(rng: Random, split: Split) -> Task:
-    """The whole record of one thing, as it stands in the prompt."""
+    """Whole records, one to three, as they stand in the prompt: each value must come from the record whose name was said.
+
+    The first edition read the right key of the wrong record; here every written token practises the opposite.
+    """
     kind, records = _records(rng, split)
     text, parts = _written(records, rng)
-    name = rng.choice(list(records))
-    question = _QUOTE.pick(rng, split, x=spoken(kind, name, rng))
-    thought = f"Need the record of {name}. No tool needed."
-    task = Task("no_tool", "", [], parts[name], (parts[name],), thought, verbatim=True)
+    names = rng.sample(list(records), min(len(records), 1 + int(rng.random() * 3)))
+    said = [spoken(kind, name, rng) for name in names]
+    question = _QUOTE.pick(rng, split, x=" and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said))
+    answer = "; ".join(parts[name] for name in names)
+    task = Task("no_tool", "", [], answer, (answer,), "The data say it. No tool needed.", verbatim=True)
     return _from_data(rng, split, question[0].upper() + question[1:], text, task)
 
 

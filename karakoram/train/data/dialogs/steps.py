@@ -7,7 +7,6 @@ read once, and what comes next is found behind what was just done.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import date
 from fractions import Fraction
 from random import Random
@@ -21,6 +20,7 @@ from karakoram.train.data.dialogs.arithmetic import CALCULATE, OPERATE, json_num
 from karakoram.train.data.dialogs.calendar import DATE_ADD, WEEKDAY, day
 from karakoram.train.data.dialogs.capability import Capability
 from karakoram.train.data.dialogs.files import file_name, folder_name, listing_capability, reading_capability
+from karakoram.train.data.dialogs.growing import PLAN, Chain, listed, names_of, planned, readable
 from karakoram.train.data.dialogs.lists import AVERAGE, LARGEST, SMALLEST, SUM
 from karakoram.train.data.dialogs.measures import CONVERT, convert, units
 from karakoram.train.data.dialogs.phrases import Phrases
@@ -30,59 +30,8 @@ from karakoram.train.data.names import Split, person, place, plural, thing
 
 CALLS = (2, 3, 4, 5)
 REPORT_SHARE = 0.12  # of chains of three and more: the last call sends the result to somebody
-PLAN = "Steps: "
-LARGEST_VALUE = 10**7  # of any number on the way
 MOST_LETTERS = 24  # of a result that is no number on the way
-MOST_CHARS = 9  # of any number on the way: what is longer is copied wrongly before anything is learned of chains
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-
-
-@dataclass(slots=True)
-class _Chain:
-    """A question while it grows: its sentences, its steps, and the value that the last call returned."""
-
-    rng: Random
-    split: Split
-    sentences: list[str] = field(default_factory=list)
-    steps: list[list[Use]] = field(default_factory=list)
-    plan: list[str] = field(default_factory=list)
-    value: str = ""
-
-    def say(self, phrases: Phrases, **slots: Any) -> None:
-        """Another sentence of the question."""
-        self.sentences.append(phrases.pick(self.rng, self.split, **slots))
-
-    def calculate(self, text: str) -> None:
-        """One call of the calculator for `text`, after the last value was quoted."""
-        self.steps.append([Use(CALCULATE, {"expression": text}, f"{self.so_far()}{text}.")])
-        self.value = format_number(evaluate(text))
-
-    def so_far(self) -> str:
-        """What a thought begins with: the last result, or that this is the first step."""
-        return f"The result is {self.value}. Now " if self.steps else "First "
-
-    def task(self, answer: str) -> Task:
-        """The finished task; `{r}` in the answer is the last value."""
-        question = " ".join(" ".join(self.sentences).split())
-        question = question[0].upper() + question[1:]
-        if self.plan:
-            self.steps[0][0].thought = f"{PLAN}{', '.join(self.plan)}. {self.steps[0][0].thought}"
-        return Task("steps", question, self.steps, answer.format(r=self.value), (self.value,), company=1)
-
-
-def names_of(rng: Random, split: Split, make: Callable[[Random, Split], str], count: int) -> list[str]:
-    """Different names."""
-    names: list[str] = []
-    while len(names) < count:
-        name = make(rng, split)
-        if name not in names:
-            names.append(name)
-    return names
-
-
-def listed(items: list[str]) -> str:
-    """`a, b and c`."""
-    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]
 
 
 def totals(rng: Random, split: Split, calls: int) -> Task:
@@ -94,7 +43,7 @@ def totals(rng: Random, split: Split, calls: int) -> Task:
     names = names_of(rng, split, make, calls - 1)
     table = {name: value_of(rng, split, key) for name in names}
     look_up = lookup_capability(key, kind, table, rng, split)
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     chain.steps.append([Use(look_up, {"name": name}, f"Need the {key} of {name}.") for name in names])
     values = [str(value) for value in table.values()]
     which = ("sum", "sum", "sum", "average", "largest", "smallest")[int(rng.random() * 6)]
@@ -118,7 +67,7 @@ def basket(rng: Random, split: Split, calls: int) -> Task:
     said = [plural(name) for name in names]
     table = {name: value_of(rng, split, "price") for name in said}
     look_up = lookup_capability("price", "item", table, rng, split)
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     chain.say(say.BASKET, l=listed([f"{count} {name}" for count, name in zip(counts, said, strict=True)]))
     chain.steps.append([Use(look_up, {"name": name}, f"Need the price of {name}.") for name in said])
     values = [str(value) for value in table.values()]
@@ -134,7 +83,7 @@ def purchase(rng: Random, split: Split, calls: int) -> Task:
     key, unit = ("weight", "kg") if weighs else ("price", "dollars")
     item = plural(thing(rng, split))
     price, count = value_of(rng, split, key), 2 + int(rng.random() * 20)
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     chain.say(say.WEIGHTS if weighs else say.BUY, n=count, x=item, p=person(rng, split))
     look_up = lookup_capability(key, "item", {item: price}, rng, split)
     chain.steps.append([Use(look_up, {"name": item}, f"First the {key} of {item}.")])
@@ -151,7 +100,7 @@ def purchase(rng: Random, split: Split, calls: int) -> Task:
     return chain.task(f"That is {{r}} {unit}.")
 
 
-def _change(chain: _Chain, changes: Phrases) -> None:
+def _change(chain: Chain, changes: Phrases) -> None:
     """One more sentence `words|expression` in which `{v}` is the value so far."""
     rng = chain.rng
     while True:
@@ -165,27 +114,15 @@ def _change(chain: _Chain, changes: Phrases) -> None:
     chain.calculate(text)
 
 
-def planned(change: str) -> str:
-    """A change of `{v}` as a plan writes it: `-{s}`, `+{t}%`."""
-    if change.endswith("{v}*{t}/100"):
-        return change[3] + "{t}%"
-    return change.removeprefix("{v}")
-
-
-def readable(text: str) -> bool:
-    """Whether the value of an expression can go on: not negative, exact, short."""
-    value = evaluate(text)
-    written = format_number(value)
-    return 0 <= value < LARGEST_VALUE and len(written) <= MOST_CHARS and Fraction(written) == value
-
-
-def _converted(chain: _Chain) -> str:
+def _converted(chain: Chain) -> str:
     """The value in kg is wanted in another unit, which is returned."""
     target = chain.rng.choice(("g", "grams", "lb", "pounds", "oz", "ounces", "t"))
     chain.say(say.CONVERTED, t=target)
     chain.plan.append(f"to {target}")
     values = {"value": json_number(chain.value), "from": "kg", "to": target}
-    chain.steps.append([Use(CONVERT, values, f"The result is {chain.value}. Now convert {chain.value} from kg to {target}.")])
+    chain.steps.append(
+        [Use(CONVERT, values, f"The result is {chain.value}. Now convert {chain.value} from kg to {target}.")]
+    )
     chain.value = format_number(convert(Fraction(chain.value), "kg", target))
     return target
 
@@ -193,7 +130,7 @@ def _converted(chain: _Chain) -> str:
 def running(rng: Random, split: Split, calls: int) -> Task:
     """One number, changed step by step, by the calculator or by the tool for two numbers."""
     pairs = rng.random() < 0.55
-    chain = _Chain(rng, split, value=number(rng, 60))
+    chain = Chain(rng, split, value=number(rng, 60))
     chain.plan.append(chain.value)
     chain.say(say.START, a=chain.value)
     for _ in range(calls):
@@ -204,7 +141,7 @@ def running(rng: Random, split: Split, calls: int) -> Task:
     return chain.task("The result is {r}.")
 
 
-def _operate(chain: _Chain, pairs: bool) -> None:
+def _operate(chain: Chain, pairs: bool) -> None:
     """One more operation on the value, through the tool for pairs or the calculator."""
     rng = chain.rng
     while True:
@@ -225,7 +162,7 @@ def _operate(chain: _Chain, pairs: bool) -> None:
 
 def journey(rng: Random, split: Split, calls: int) -> Task:
     """Days are added to a date that is given or looked up; at the end the weekday or the date is wanted."""
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     when: date = day(rng)
     looked_up = calls > 2 and rng.random() < 0.5
     named = calls - looked_up == 1 or rng.random() < 0.7
@@ -275,7 +212,11 @@ def several(rng: Random, split: Split, calls: int) -> Task:
         numbers = names_of(rng, split, lambda rng, _: str(1 + int(rng.random() * 200)), calls)
         said = [f"{value} {source}" for value in numbers]
         uses = [
-            Use(CONVERT, {"value": int(value), "from": source, "to": target}, f"Convert {value} from {source} to {target}.")
+            Use(
+                CONVERT,
+                {"value": int(value), "from": source, "to": target},
+                f"Convert {value} from {source} to {target}.",
+            )
             for value in numbers
         ]
         question = say.CONVERSIONS.pick(rng, split, l=listed(said), t=target)
@@ -309,7 +250,7 @@ def folder(rng: Random, split: Split, calls: int) -> Task:
     paths = [f"{where}/{file}" for file in files]
     listing = listing_capability(where, ", ".join(files))
     reading = reading_capability(dict(zip(paths, values, strict=True)))
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     chain.steps.append([Use(listing, {"path": where}, f"First list the folder {where}.")])
     chain.steps.append([Use(reading, {"path": path}, f"Read the file {path}.") for path in paths])
     if len(files) == 1:
@@ -331,7 +272,7 @@ def reference(rng: Random, split: Split, calls: int) -> Task:
     mayor = names_of(rng, split, person, 1)[0]
     while mayor == who:
         mayor = person(rng, split)
-    chain = _Chain(rng, split)
+    chain = Chain(rng, split)
     city = lookup_capability("city", "person", {who: town}, rng, split)
     chain.steps.append([Use(city, {"name": who}, f"First the city of {who}.")])
     chain.plan.append(f"city of {who}")
@@ -350,7 +291,7 @@ def reference(rng: Random, split: Split, calls: int) -> Task:
     return chain.task(f"The {key} is {{r}}." if calls == 3 else "The result is {r}.")
 
 
-def _look_up(chain: _Chain, key: str, kind: str, name: str, value: Any = None) -> None:
+def _look_up(chain: Chain, key: str, kind: str, name: str, value: Any = None) -> None:
     value = value_of(chain.rng, chain.split, key) if value is None else value
     look_up = lookup_capability(key, kind, {name: value}, chain.rng, chain.split)
     chain.steps.append([Use(look_up, {"name": name}, f"{chain.so_far()}the {key} of {name}.")])
@@ -382,11 +323,7 @@ def chain_of(rng: Random, split: Split, calls: int) -> Task:
     reports = calls > 2 and rng.random() < REPORT_SHARE
     wanted = calls - reports
     kinds = [kind for kind in KINDS if kind[2] <= wanted <= kind[3] and not (reports and kind[1] is several)]
-    roll = rng.random() * sum(share for share, *_ in kinds)
-    for share, make, _, _ in kinds:
-        roll -= share
-        if roll < 0:
-            break
+    [(_, make, *_)] = rng.choices(kinds, [kind[0] for kind in kinds])
     task = make(rng, split, wanted)
     while any(len(text) > MOST_LETTERS for text in task.expected):
         task = make(rng, split, wanted)

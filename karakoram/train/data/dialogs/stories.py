@@ -10,7 +10,7 @@ from random import Random
 from karakoram.tools.calculator import evaluate, format_number
 from karakoram.train.data.dialogs import story_phrases as say
 from karakoram.train.data.dialogs.arithmetic import CALCULATE
-from karakoram.train.data.dialogs.steps import PLAN, planned, readable
+from karakoram.train.data.dialogs.growing import PLAN, planned, readable
 from karakoram.train.data.dialogs.task import Task, Use
 from karakoram.train.data.dialogs.word_problems import noun
 from karakoram.train.data.names import Split, person, plural
@@ -54,7 +54,11 @@ def _slots(rng: Random, split: Split) -> dict[str, object]:
     who, other = person(rng, split), person(rng, split)
     while other == who:
         other = person(rng, split)
-    price = str(2 + int(rng.random() * 20)) if rng.random() < 0.7 else f"{1 + int(rng.random() * 20)}.{rng.choice((5, 25, 75, 2))}"
+    price = (
+        str(2 + int(rng.random() * 20))
+        if rng.random() < 0.7
+        else f"{1 + int(rng.random() * 20)}.{rng.choice((5, 25, 75, 2))}"
+    )
     return {
         "p": who, "q": other, "o": item, "x": plural(item), "d": price, "a": 2 + int(rng.random() * 14),
         "b": 2 + int(rng.random() * 49),
@@ -123,4 +127,3 @@ def _task(sentences: list[str], done: _Calculations, unit: str, rng: Random) -> 
         steps[0][0].thought = f"{PLAN}{', '.join(plan for *_, plan in done)}. {steps[0][0].thought}"
     answer = f"The answer is {result}." if rng.random() < 0.3 else f"That is {result} {unit}."
     return Task("word_problem", question[0].upper() + question[1:], steps, answer, (result,), company=2)
-

@@ -177,7 +177,9 @@ RELATIONS = Phrases(
     {q} owns {c} more {x} than {p} does.|{v}+{c}""",
 )
 RELATIONS_START = Phrases(
-    "stories.relations.start", "{p} has {a} {x}.\n{p} [owns|holds|got] {a} {x}.", "The number of {x} that {p} owns is {a}."
+    "stories.relations.start",
+    "{p} has {a} {x}.\n{p} [owns|holds|got] {a} {x}.",
+    "The number of {x} that {p} owns is {a}.",
 )
 RELATIONS_ASK = Phrases(
     "stories.relations.ask",
