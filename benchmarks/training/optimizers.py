@@ -76,18 +76,16 @@ def summary(runs: list[dict[str, Any]]) -> None:
                 losses = [r["held_out_loss"] for r in of]
                 mean, s = statistics.fmean(losses), statistics.stdev(losses)
                 seconds = statistics.median(r["seconds"] for r in of)
-                print(
-                    f"{name:9} {share:.0%} of the tokens, rate {rate:g}: {mean:.4f} ± {s:.4f} ({len(of)} seeds), {seconds:.0f} s"
-                )
+                told = f"{name:9} {share:.0%} of the tokens, rate {rate:g}"
+                print(f"{told}: {mean:.4f} ± {s:.4f} ({len(of)} seeds), {seconds:.0f} s")
                 if (name, share) not in best or mean < best[name, share][0]:
                     best[name, share] = (mean, s, rate, seconds)
     for share in SHARES["muonclip"]:
         if ("muonclip", share) in best and ("adamw", 1.0) in best:
             (a, sa, _, ta), (m, sm, _, tm) = best["adamw", 1.0], best["muonclip", share]
             error = math.sqrt((sa**2 + sm**2) / len(SEEDS))
-            print(
-                f"MuonClip on {share:.0%}: {m - a:+.4f} nats against AdamW on all, {(a - m) / error:.1f} standard errors; wall clock {tm / ta:.2f} ×"
-            )
+            told = f"MuonClip on {share:.0%}: {m - a:+.4f} nats against AdamW on all"
+            print(f"{told}, {(a - m) / error:.1f} standard errors; wall clock {tm / ta:.2f} ×")
 
 
 def main() -> None:
@@ -99,8 +97,11 @@ def main() -> None:
     done = {(r["optimizer"], r["learning_rate"], r["share"], r["seed"]) for r in known()}
     wanted = [
         (name, rate, share, seed)
-        for share in (0.7, 1.0) for seed in SEEDS for name, rates in GRIDS.items() if share in SHARES[name] for rate in rates
-    ]  # fmt: skip
+        for share in (0.7, 1.0)
+        for seed in SEEDS
+        for name, rates in GRIDS.items()
+        for rate in (rates if share in SHARES[name] else ())
+    ]
     if not options.summary:
         FILE.parent.mkdir(exist_ok=True)
         with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:

@@ -2,7 +2,7 @@
 
 The text is Python's own standard library (every machine with this package has it), read as bytes: files in a fixed
 shuffled order, the first ones to train on, the last ones held out. A run is `Trainer.train_step` over it, without
-checkpoints; its final loss is over 262,144 held-out tokens, the same for all runs, so that runs can be compared in pairs.
+checkpoints; its final loss is over 262,144 held-out tokens, the same for all runs, so that pairs can be compared.
 """
 
 import os

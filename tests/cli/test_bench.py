@@ -132,3 +132,25 @@ def test_bare_bench_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = k2(capsys, "bench")
     assert (code, err) == (0, "")
     assert all(f"\n  {name}" in out for name in ("memory", "moe", "attention"))
+
+
+def test_json_of_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The door and the names in it; what they mean is tested in `tests/evals/test_bench_training.py`."""
+    from karakoram.evals.bench.train import layer, process, step
+
+    def alone(order: Any, *_: Any) -> process.Measured:
+        row = {"seconds": [0.5], "backward_seconds": [0.4], "finite": True, "dtype": order.dtype, "peak_bytes": 1}
+        return process.Measured(order, [row | {"matmul_flops_per_s": 1e12}])
+
+    for module in (step, layer):
+        monkeypatch.setattr(module, "find_spec", lambda _: None)
+        monkeypatch.setattr(module, "alone", alone)
+    monkeypatch.setattr(step, "PAIR_BYTES", 1)
+    found = as_json(capsys, "bench", "train", "--rounds", "1")
+    keys = "tokens_per_s baseline_tokens_per_s ratio dtype optimizer_share matmul_share".split()
+    assert set(keys) <= found.keys()
+    assert found["baseline_tokens_per_s"] is None and "not installed" in found["baseline_reason"]
+    found = as_json(capsys, "bench", "train", "--layer", "--steps", "1")
+    assert [row["what"] for row in found["rows"]] == ["karakoram float32", "karakoram bfloat16"]
+    code, out, _ = k2(capsys, "bench", "train", "--threads", "1")
+    assert code == 0 and "tokens/s" in out and "No baseline" in out

@@ -161,7 +161,6 @@ def test_eval_counts_and_writes(
     ("arguments", "words"),
     [
         (["eval", "nano-toolz"], "No such command 'nano-toolz'"),
-        (["eval", "gsm8k"], "--data"),
         (["eval", "gsm8k", "--data", "/no/such"], "gsm8k/train.jsonl"),
         (["eval", "arithmetic", "./no-such"], "No model './no-such'"),
         (["eval", "arithmetic", "--json", "/no/such/file.json"], "/no/such/file.json"),
