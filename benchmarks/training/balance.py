@@ -63,7 +63,7 @@ def one(rule: str, seed: int, steps: int, threshold: float = math.inf) -> dict[s
         "qk_clip_threshold": threshold if math.isfinite(threshold) else None,
         "max_logit_peak": max(line["max_logit"] for line in lines),
         "max_logit_tail": statistics.fmean(line["max_logit"] for line in tail),
-        "max_logit_by_20_steps": [round(max(n["max_logit"] for n in lines[i : i + 20]), 3) for i in range(0, steps, 20)],
+        "max_logit_by_20_steps": [max(n["max_logit"] for n in lines[i : i + 20]) for i in range(0, steps, 20)],
         "clipped_heads": sum(line["clipped_heads"] for line in lines), "head_steps": heads * steps,
         "seconds": seconds, **about(),
     }  # fmt: skip

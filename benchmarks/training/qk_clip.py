@@ -105,8 +105,9 @@ def summary(runs: list[dict[str, Any]], steps: int) -> None:
         without = balance.free(r["seed"], steps)
         pairs.append((r["held_out_loss"], without["held_out_loss"]))
         print(
-            f"| {r['seed']} | {without['max_logit_peak']:.2f} | {r['qk_clip_threshold']:.2f} | {r['max_logit_tail']:.2f} |"
-            f" {r['max_logit_peak']:.2f} | {r['clipped_heads'] / r['head_steps']:.1%} | {pairs[-1][0]:.4f} | {pairs[-1][1]:.4f} |"
+            f"| {r['seed']} | {without['max_logit_peak']:.2f} | {r['qk_clip_threshold']:.2f} |"
+            f" {r['max_logit_tail']:.2f} | {r['max_logit_peak']:.2f} | {r['clipped_heads'] / r['head_steps']:.1%} |"
+            f" {pairs[-1][0]:.4f} | {pairs[-1][1]:.4f} |"
         )
     if len(pairs) > 1:
         differences = [a - b for a, b in pairs]

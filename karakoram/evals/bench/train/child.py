@@ -7,10 +7,10 @@ import gc
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -61,5 +61,8 @@ def _steps(call: ours.Call, first: int, count: int) -> dict[str, Any]:
     return {"seconds": seconds, "backward_seconds": backward_s if known else None, "finite": finite}
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
+def _peak_bytes() -> int | None:
+    """The most memory that this process held; getrusage would count what the process was forked from, too."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

@@ -29,7 +29,7 @@ from karakoram.model.cost.training import muon_flops, training_flops
 
 WARM_UP_STEPS = 3  # compiling, and kernels that oneDNN prepares for each new shape
 WAYS = (("eager", "float32"), ("grouped_mm", "float32"), ("grouped_mm", "bfloat16"))
-PAIR_BYTES = 6_500_000_000  # two processes: 2.4 GB seen for ours, 2.9 to 3.7 GB for theirs
+PAIR_BYTES = 6_500_000_000  # two processes at their largest: 2.0 GB seen for ours, 2.9 to 4.0 GB for theirs
 ABSENT = f"{THEIRS} is not installed here: pip install {THEIRS}"
 NONE_RUNS = f"no way of {THEIRS} runs here, see the notes"
 
