@@ -4,6 +4,8 @@ On a CPU the products of a small model run on AMX in about the time that the nor
 in eager mode, each of which walks through memory five to ten times. torch.compile turns every one into a single pass
 (RMSNorm of [8192, 256] forward and backward: 17 ms -> 3 ms on two cores). Only these pieces are compiled, with dynamic
 shapes: seconds, not the minutes that a whole model takes, and every shape of batch shares the code.
+
+In float32 the projections between them go to the library that multiplies faster (`model/backward/products.py`).
 """
 
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as shape_settings
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from karakoram.model.attention import LatentAttention
 from karakoram.model.backward.grouped import PLAIN, RowPieces
-from karakoram.model.layers import RMSNorm
+from karakoram.model.backward.products import linear, runs_onednn_float32
+from karakoram.model.layers import RMSNorm, SwiGLU
 from karakoram.model.moe import LocalExperts
 from karakoram.model.router import Router
 from karakoram.model.transformer import Transformer
@@ -39,6 +43,9 @@ def fuse(model: Transformer) -> SliceLoss:
             module.compile(dynamic=True)
         elif isinstance(module, LatentAttention):
             module.project = _compiled(module.project)
+            _multiply_faster(module.kv_b_proj, module.o_proj)
+        elif isinstance(module, SwiGLU):
+            _multiply_faster(module.gate_proj, module.up_proj, module.down_proj)
         elif isinstance(module, LocalExperts):
             module.activate = _compiled(module.activate)
             module.pieces = RowPieces(*map(_compiled, PLAIN))
@@ -52,6 +59,17 @@ def recompute(model: Transformer) -> None:
     """
     for layer in model.model.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _multiply_faster(*projections: nn.Module) -> None:
+    """Projections outside of the compiled pieces, where they are plain ones (LoRA's are not)."""
+    for projection in projections:
+        if type(projection) is nn.Linear and runs_onednn_float32(projection.weight):
+            projection.forward = partial(_project, projection)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _project(projection: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, projection.weight)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

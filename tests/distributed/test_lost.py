@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from karakoram.distributed import lost
+from karakoram.distributed.lost import Pulse
+from karakoram.errors import TrainingError
 from tests.distributed.launch import ROOT, launch
 
 # Six beats without a sign, one second's courtesy, and a busy machine: far below the communication's timeout of 30 s.
@@ -29,6 +33,23 @@ def test_a_failed_rank_leaves_its_error(tmp_path: Path) -> None:
     assert "Rank 1 failed: ValueError: the data is gone." in ended[0].told["error"]
     assert ended[0].told["took_s"] < BOUND_S
     assert "ValueError: the data is gone" in ended[1].output
+
+
+def test_ranks_wait_for_the_first_without_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it tokenises; but not for one that failed or fell silent."""
+    monkeypatch.setattr(lost, "LEAVE_S", 0.0)
+    store = HashStore()
+    first, second = (Pulse(store, rank, 2) for rank in range(2))
+    first.follow("material a", leads=True)
+    second.follow("material a", leads=False)
+    monkeypatch.setattr(lost, "LEADER_STILL_S", 0.0)
+    with pytest.raises(TrainingError, match="Rank 0 was lost: it gave no sign of life for 0 s"):
+        second.follow("material b", leads=False)
+    with pytest.raises(ValueError), first.beating():
+        raise ValueError("no such data")
+    monkeypatch.setattr(lost, "LEADER_STILL_S", 60.0)
+    with pytest.raises(TrainingError, match="Rank 0 failed: ValueError: no such data"):
+        second.follow("material b", leads=False)
 
 
 @pytest.mark.slow

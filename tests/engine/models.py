@@ -12,8 +12,8 @@ import torch
 from karakoram.config import ModelConfig
 from karakoram.model.load import load_model
 from karakoram.model.transformer import Transformer
-from karakoram.train.masters import Masters
 from karakoram.train.checkpoints.export import save_model
+from karakoram.train.masters import Masters
 
 VOCABULARY = 96
 CONTEXT = 512

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from karakoram.errors import KarakoramError
-from karakoram.kernels import ops, packed, reference
+from karakoram.kernels import muon, ops, packed, reference
 from karakoram.kernels.cpu.library import Library, describe, describe_packed
 from karakoram.kernels.layer import DecoderLayer, Stack
 from tests.kernels import drawn
@@ -113,6 +113,19 @@ def norms() -> None:
         near(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
 
 
+def optimizer() -> None:
+    if muon.library() is None:
+        return
+    for n, rows, columns in ((1, 1, 1), (3, 17, 31), (2, 130, 200), (1, 140, 7), (1, 20, 530)):
+        stack, norms = drawn.rows(n * rows, columns).view(n, rows, columns), torch.full((n,), (rows * columns) ** 0.5)
+        steps = ((3.4445, -4.7750, 2.0315),) * 2
+        near(muon.newton_schulz(stack, norms, steps), reference.newton_schulz(stack, norms, steps))
+        weight, gradient = torch.randn(n, rows, columns), torch.randn(n, rows, columns)
+        expected = reference.momentum(gradient, weight.clone(), 0.9, 1.0, True)
+        near(muon.momentum(gradient, weight, 0.9), expected)
+        muon.update(weight, stack, 0.9, 0.1)
+
+
 def refusals() -> None:
     for call in (
         lambda: ops.linear(drawn.rows(1, 63), drawn.matrix("bf16", 16, 64)),
@@ -139,6 +152,7 @@ def main() -> None:
             attention()
             layers()
             norms()
+            optimizer()
             refusals()
     print("all done on", *lib.isas())
 

@@ -16,9 +16,9 @@ from karakoram.model.load import load_model
 from karakoram.model.packed.modules import PackedAttention, PackedBank
 from karakoram.model.transformer import Transformer
 from karakoram.quantize.convert import convert
+from karakoram.train.checkpoints.export import save_model
 from karakoram.train.initialize import initialize
 from karakoram.train.masters import Masters
-from karakoram.train.checkpoints.export import save_model
 
 pytestmark = pytest.mark.skipif(ops.chosen() is None, reason="the CPU kernels are not there (no compiler)")
 

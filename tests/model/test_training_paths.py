@@ -8,7 +8,17 @@ from torch import Tensor
 from karakoram.config import ModelConfig
 from karakoram.model.attention import scaled_attention
 from karakoram.model.backward.causal import BLOCK, causal_attention
-from karakoram.model.backward.grouped import ROUND_TO, Assignment, assign, combine, gather, grouped_linear, spread
+from karakoram.model.backward.grouped import (
+    ROUND_TO,
+    Assignment,
+    assign,
+    by_length,
+    combine,
+    gather,
+    grouped_linear,
+    spread,
+)
+from karakoram.model.backward.products import linear, products
 from karakoram.model.documents import Documents
 from karakoram.model.moe import LocalExperts
 from karakoram.model.transformer import Transformer
@@ -66,6 +76,20 @@ def test_documents_in_a_row_are_rows_of_their_own() -> None:
     seen = [x.masked_fill(torch.ones_like(x[0], dtype=torch.bool).triu(1), -torch.inf).amax((1, 2)) for x in logits]
     # the same products in another order: a few units in the last place of float32
     assert torch.allclose(largest_H, torch.stack(seen).amax(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_logits_in_bfloat16(sign: float) -> None:
+    """The largest of the very scores, over documents and blocks; 0 for a head that has negative ones only."""
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in leaves(*((1, 2, BLOCK + 40, 8),) * 3))
+    if sign < 0:
+        q, k = (x.detach().abs().requires_grad_() for x in (q, k))
+    largest_H = torch.empty(2)
+    causal_attention(q, k, v, 0.4 * sign, None, largest_H)
+    scores = torch.baddbmm(torch.zeros((), dtype=torch.bfloat16), q[0], k[0].mT, beta=0, alpha=0.4 * sign).detach()
+    seen_H = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf).amax((1, 2)).float()
+    assert torch.equal(largest_H, seen_H.clamp_min(0))
+    assert (seen_H < 0).all() if sign < 0 else (seen_H > 0).all()
 
 
 def test_a_packed_row_gives_what_its_documents_give_alone() -> None:
@@ -126,7 +150,8 @@ def test_rows_find_their_expert_and_their_way_back(tokens: int, skipped: tuple[i
     ids_NK = choices(tokens, 6, 3, skipped)
     to = assign(ids_NK, 6)
     assert sum(to.rows_per_expert) == len(to.order_M) and len(to.rows_per_expert) == 6
-    expert_of_row = torch.repeat_interleave(torch.arange(6), torch.tensor(to.rows_per_expert))
+    runs = torch.tensor(by_length(to.rows_per_expert))
+    expert_of_row = torch.repeat_interleave(runs, torch.tensor(to.rows_per_expert)[runs])
     real = torch.ones(len(to.order_M), dtype=torch.bool).index_fill(0, to.idle, False)
     assert int(real.sum()) == ids_NK.numel()
     assert torch.equal(expert_of_row[real], ids_NK.flatten()[to.order_M[real]])
@@ -172,6 +197,70 @@ def test_combining_is_gathering_and_a_weighted_sum(tokens: int) -> None:
 def test_grouped_linear_by_finite_differences() -> None:
     x, weight = leaves((7, 3), (4, 2, 3), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, w: grouped_linear(x, w, [2, 0, 5, 0]), (x, weight))
+
+
+ROWS_OF_EXPERTS = [3 * ROUND_TO, ROUND_TO, 0, ROUND_TO, ROUND_TO, 3 * ROUND_TO, ROUND_TO, ROUND_TO, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [ROWS_OF_EXPERTS, [5, 0, 7, 5, 5, 1, 0, 2, 5], [0] * 9])
+def test_experts_that_share_a_call_get_what_they_get_alone(rows: list[int], dtype: torch.dtype) -> None:
+    """Values and both gradients, expert by expert; in bfloat16 bit for bit: the products are the same ones."""
+    (x, weight), runs = leaves((sum(rows), 32), (len(rows), 24, 32)), by_length(rows)
+    x, weight = (each.detach().to(dtype).requires_grad_() for each in (x, weight))
+    ours, pieces = grouped_linear(x, weight, rows), x.split([rows[expert] for expert in runs])
+    alone = torch.cat([piece @ weight[expert].T for expert, piece in zip(runs, pieces)])
+    upstream = torch.randn_like(alone)
+    got, expected = (torch.autograd.grad(y, (x, weight), upstream) for y in (ours, alone))
+    for a, b in zip((ours, *got), (alone, *expected)):
+        # float32: at most 3 · 128 terms, in the order of another library
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=0 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+        assert dtype == torch.float32 or torch.equal(a, b)
+    assert all(not got[1][expert].any() for expert, count in enumerate(rows) if not count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    """Of experts, and of attention in bfloat16; MKL splits attention's float32 products by threads."""
+    x, weight = leaves((sum(ROWS_OF_EXPERTS), 64), (len(ROWS_OF_EXPERTS), 48, 64))
+    q, k, v = leaves((2, 3, BLOCK + 40, 24), (2, 3, BLOCK + 40, 24), (2, 3, BLOCK + 40, 16))
+    x, weight, q, k, v = (each.detach().to(dtype).requires_grad_() for each in (x, weight, q, k, v))
+    before, seen = torch.get_num_threads(), list[list[Tensor]]()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rows = grouped_linear(x, weight, ROWS_OF_EXPERTS)
+            seen.append([rows, *torch.autograd.grad(rows, (x, weight), torch.ones_like(rows))])
+            if dtype == torch.bfloat16:
+                attended = causal_attention(q, k, v, 0.2)
+                seen[-1] += [attended, *torch.autograd.grad(attended, (q, k, v), torch.ones_like(attended))]
+    finally:
+        torch.set_num_threads(before)
+    for again in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
+
+
+@pytest.mark.parametrize("comes_again", [True, False])
+def test_products_in_float32(comes_again: bool) -> None:
+    """Plain and transposed factors against float64, whichever library multiplies: sums of 300 terms of float32."""
+    a, b = torch.randn(3, 64, 300), torch.randn(3, 40, 300)
+    for left, right in ((a, b.mT), (a.mT.contiguous().mT, b.mT.contiguous())):
+        out = torch.empty(3, 64, 40)
+        products(left, right, out, comes_again)
+        assert distance(out, left.double() @ right.double()) <= TOLERANCE
+
+
+def test_linear_is_torchs_own() -> None:
+    """Value and both gradients of rows [B, T]; a frozen weight gets none."""
+    x, weight = leaves((3, 50, 48), (40, 48))
+    ours, plain = linear(x, weight), F.linear(x, weight)
+    upstream = torch.randn_like(plain)
+    got, expected = (torch.autograd.grad(y, (x, weight), upstream) for y in (ours, plain))
+    assert all(distance(a, b) <= TOLERANCE for a, b in zip((ours, *got), (plain, *expected)))
+    frozen = weight.detach()
+    assert distance(torch.autograd.grad(linear(x, frozen), x, upstream)[0], expected[0]) <= TOLERANCE
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight), plain)
 
 
 def by_the_formula(experts: LocalExperts, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:

@@ -59,3 +59,10 @@ def test_a_resumed_guard_judges_as_the_one_before() -> None:
     again.load(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state()
     assert again.judge(6.1, 1.0) == guard.judge(6.1, 1.0) != None  # noqa: E711
+
+
+def test_nothing_is_out_of_proportion_to_nothing() -> None:
+    """Judging from the first step on still needs a step to judge by."""
+    guard = Guard(GuardConfig(after_steps=0))
+    assert guard.judge(9.0, 9.0) is None
+    assert guard.judge(9.0, 1e3) is not None

@@ -238,3 +238,51 @@ def test_a_batch_without_weights_only_decays(tmp_path: Path) -> None:
     assert line["loss"] == 0
     assert line["gradient_norm"] == 0
     assert all(weight.isfinite().all() for weight in trainer.masters.weights.values())
+
+
+def test_a_run_stopped_behind_a_rollback_goes_on_behind_the_bad_batches(tmp_path: Path) -> None:
+    """Back at the checkpoint's step, the run is elsewhere in its data: a save there is no repetition."""
+    config = tiny.train_config(steps=8, guard__skips_before_rollback=2)
+    trainer = Trainer(config, Poisoned({3, 4}), tmp_path, {}, compiled=False)
+    with Metrics(tmp_path, 0.0, quiet=True) as metrics:
+        for _ in range(5):
+            if trainer.step == 3:
+                trainer.save(wait=True)
+            trainer.train_step(trainer.next_batch(), metrics)
+        assert trainer.guard.wants_rollback
+        trainer.roll_back(metrics)
+    assert (trainer.step, trainer.position) == (3, 5)
+    trainer.save(wait=True)
+    again = Trainer(config, Poisoned({3, 4}), tmp_path, {}, compiled=False)
+    again.resume()
+    assert (again.step, again.position, again.guard.rollbacks) == (3, 5, 1)
+
+
+def test_held_out_batches_are_taken_in_pieces_too(tmp_path: Path) -> None:
+    """In float32; only the order of the sum differs."""
+    losses = []
+    for micro in (None, 7 * 16):
+        trainer = tiny.trainer(tmp_path, torch.float32, batch=BatchConfig(micro_tokens=micro))
+        trainer.held_out = [trainer.batches.batch(number) for number in (90, 91)]
+        losses.append(trainer.held_out_loss())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_first_loss_that_is_no_number_can_be_shown(tmp_path: Path) -> None:
+    """The bar has no mean loss yet."""
+    Trainer(tiny.train_config(steps=2), Poisoned({0}), tmp_path, {}, compiled=False).run(quiet=False)
+    assert [event["event"] for event in _events(tmp_path)] == ["batch skipped"]
+
+
+def test_resumes_are_events_and_a_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    config = tiny.train_config(steps=3)
+    trainer = Trainer(config, tiny.CopyTask(), tmp_path, {}, compiled=False)
+    trainer.train_step(trainer.next_batch())
+    trainer.save(wait=True)
+    (tmp_path / "events.jsonl").write_text('{"step": 2, "event": "batch ski')
+    again = Trainer(config, tiny.CopyTask(), tmp_path, {}, compiled=False)
+    again.resume()
+    again.run(quiet=True)
+    torn, told = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert torn.endswith("batch ski")
+    assert json.loads(told) == {"step": 1, "event": "resumed", "next_batch": 1}

@@ -34,7 +34,8 @@ def causal_attention(
     """softmax(q·kᵀ·scale, causal) · v -> [B, H, T, V], differentiable; softmax in float32, rounded to v's dtype.
 
     spans      documents within the rows, which together cover them; None: each row is one
-    largest_H  float32 [H], written: the largest logit of each head (one more pass over scores that are in the cache)
+    largest_H  float32 [H], written: the largest logit of each head, 0 where bfloat16 ones are all negative (one more
+               pass over scores that are in the cache)
     """
     if spans is None:
         spans = [(row, 0, q_BHTX.shape[2]) for row in range(q_BHTX.shape[0])]
@@ -56,15 +57,14 @@ class _CausalAttention(torch.autograd.Function):
         for (row, keys, queries, _), p_Hqs in zip(blocks, _views(p, blocks, H)):
             # one call that multiplies, scales and masks: 8 % less than three
             hidden_qs = future[: p_Hqs.shape[1], future.shape[1] - BLOCK - queries.start + keys.start :]
-            scores_Hqs = torch.baddbmm(
-                hidden_qs[:, : p_Hqs.shape[2]], q[row, :, queries], k[row, :, keys].mT, alpha=scale
-            )
+            k_HsX = k[row, :, keys].contiguous()  # oneDNN takes it transposed as it lies; a view it copies, transposing
+            scores_Hqs = torch.baddbmm(hidden_qs[:, : p_Hqs.shape[2]], q[row, :, queries], k_HsX.mT, alpha=scale)
             if largest_H is not None:
-                maxima.append(scores_Hqs.amax((1, 2)))
+                maxima.append(_largest(scores_Hqs))
             torch.softmax(scores_Hqs, -1, out=p_Hqs)
-            out_BHTV[row, :, queries] = p_Hqs @ v[row, :, keys]
+            out_BHTV[row, :, queries] = torch.bmm(p_Hqs, v[row, :, keys])
         if largest_H is not None:
-            largest_H.copy_(torch.stack(maxima).amax(0))
+            largest_H.copy_(torch.stack(maxima).amax(0).view(q.dtype))
         ctx.save_for_backward(q, k, v, p)
         ctx.scale, ctx.blocks = scale, blocks
         return out_BHTV
@@ -75,11 +75,12 @@ class _CausalAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sum_k = sum_v = None  # of the document's blocks so far, float32: the last block comes first and sees all keys
         for (row, keys, queries, only), p_Hqs in zip(reversed(ctx.blocks), reversed(_views(p, ctx.blocks, q.shape[1]))):
-            grad_HqV = grads[0][row, :, queries]
-            grad_p_Hqs = grad_HqV @ v[row, :, keys].mT
+            grad_HqV = grads[0][row, :, queries].contiguous()
+            # the scale goes into the smallest factor: [q, V] instead of the gradients of queries and keys
+            grad_p_Hqs = torch.bmm(grad_HqV * ctx.scale, v[row, :, keys].contiguous().mT)
             grad_s_Hqs = torch._softmax_backward_data(grad_p_Hqs, p_Hqs, -1, p_Hqs.dtype)  # pyright: ignore[reportPrivateImportUsage]
-            grad_q[row, :, queries] = (grad_s_Hqs @ k[row, :, keys]).mul_(ctx.scale)
-            part_k, part_v = (grad_s_Hqs.mT @ q[row, :, queries]).mul_(ctx.scale), p_Hqs.mT @ grad_HqV
+            grad_q[row, :, queries] = torch.bmm(grad_s_Hqs, k[row, :, keys])
+            part_k, part_v = torch.bmm(grad_s_Hqs.mT, q[row, :, queries]), torch.bmm(p_Hqs.mT, grad_HqV)
             if not only:
                 if sum_k is None or sum_v is None:
                     sum_k, sum_v = part_k.float(), part_v.float()
@@ -107,6 +108,16 @@ class _Block(NamedTuple):
     @property
     def size(self) -> int:
         return (self.keys.stop - self.keys.start) * (self.queries.stop - self.queries.start)
+
+
+def _largest(scores_Hqs: Tensor) -> Tensor:
+    """The largest score of each head [H], as bits that order alike: of bfloat16 the int16 of what is positive.
+
+    torch compares bfloat16 numbers one by one: 172 µs for 8 × 256 × 512, 40 as integers (10 and 2 % of the attention).
+    """
+    if scores_Hqs.dtype != torch.bfloat16:
+        return scores_Hqs.amax((1, 2))
+    return scores_Hqs.view(torch.int16).flatten(1).amax(1).clamp_min_(0)
 
 
 def _future(longest: int, like: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from karakoram.config import ModelConfig
 from karakoram.errors import InputError
+from karakoram.model.documents import Documents
 from karakoram.model.transformer import Transformer
+from karakoram.train.data.batches import Batch
 from karakoram.train.initialize import initialize
 from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.post.distill import (
@@ -239,6 +241,23 @@ def test_stored_and_online_objectives_agree(taught: Any, tmp_path: Path) -> None
     # batches of other shapes: float32 sums in another order
     assert math.isclose(results[0][0], results[1][0], rel_tol=1e-4)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_the_teacher_sees_documents_apart_as_the_student_does(taught: Any) -> None:
+    """A row of two documents is two rows of one; a teacher that read across would say something else."""
+    teacher, few, _ = taught
+    student, objective = model(32, 1, 5), online_objective(teacher, 1.0, 1.0)
+    ids = torch.from_numpy(few[:33].astype(np.int64))
+    documents_T = torch.arange(2, dtype=torch.int32).repeat_interleave(16)
+    packed = Batch(ids[None, :32], ids[None, 1:], torch.ones(1, 32), documents_T[None])
+    apart = Batch(*(tensor.view(2, 16) for tensor in packed[:3]))
+    losses = []
+    for batch in (packed, apart):
+        documents = None if batch.documents is None else Documents(batch.documents)
+        x_ND = student.hidden(batch.token_ids, documents=documents).flatten(0, 1)
+        losses.append(float(objective(student, x_ND, batch, batch.weights.flatten() / 32).detach()))
+    # float32 sums in another order
+    assert math.isclose(*losses, rel_tol=1e-5)
 
 
 def test_position_batches_are_documents_and_their_places() -> None:
