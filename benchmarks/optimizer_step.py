@@ -7,9 +7,10 @@ make the same bits. They alternate, one step each, so that other load on the mac
     python benchmarks/optimizer_step.py [--rounds 50] [--threads 1 2] [--out benchmarks/results/optimizer_step.jsonl]
 
 One line of JSON per shape and number of threads: medians and least of both in ms, the ratio of the medians, the median
-of the rounds' ratios, the share of the step that Newton-Schulz takes, its arithmetic per second, and the same for one
-large bfloat16 product: the limit. `load` is the machine's before: above 0 is somebody else's, and 2 threads then tell
-little, since each waits for the other in every product. Of one thread, `cpu_ms` counts no waiting for others.
+of the rounds' ratios, the share of the step that Newton-Schulz takes, its arithmetic per second (all products as they
+are written; ours leaves out mirrored halves), and that of one large bfloat16 product: the limit. `load` is the
+machine's before: above 0 is somebody else's, and 2 threads then tell little, since torch's wait for one another in
+every product. Of one thread, `cpu_ms` counts no waiting for others.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Does MuonClip need fewer tokens than AdamW? Final held-out loss, learning rates tuned for each, three seeds.
 
-AdamW trains on 2.5 million tokens; MuonClip on 70 % of them, with a complete schedule of its own over that length (and,
-beside it, on all of them). Each has a grid of learning rates whose best must lie inside; the same rate serves its
+AdamW trains on 2.5 million tokens; MuonClip on 70 % of them, with a complete schedule of its own over that length. Each has a grid of learning rates whose best must lie inside; the same rate serves its
 embedding, head and norms. Everything else is the same: weights and batches by seed, warmup, decay, weight decay, clip.
 
     python benchmarks/training/optimizers.py [--processes 2] [--summary]
@@ -25,7 +24,7 @@ from karakoram.train.config import BalanceConfig, BatchConfig, GuardConfig, Opti
 TOKENS = 2_500_000
 SEEDS = (0, 1, 2)
 GRIDS = {"adamw": (1e-3, 2e-3, 4e-3), "muonclip": (2.5e-3, 5e-3, 1e-2)}
-SHARES = {"adamw": (1.0,), "muonclip": (0.7, 1.0)}
+SHARES = {"adamw": (1.0,), "muonclip": (0.7,)}
 FILE = RESULTS / "optimizers.jsonl"
 
 
@@ -97,10 +96,10 @@ def main() -> None:
     done = {(r["optimizer"], r["learning_rate"], r["share"], r["seed"]) for r in known()}
     wanted = [
         (name, rate, share, seed)
-        for share in (0.7, 1.0)
         for seed in SEEDS
         for name, rates in GRIDS.items()
-        for rate in (rates if share in SHARES[name] else ())
+        for share in SHARES[name]
+        for rate in rates
     ]
     if not options.summary:
         FILE.parent.mkdir(exist_ok=True)

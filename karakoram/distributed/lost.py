@@ -19,6 +19,7 @@ from karakoram.errors import TrainingError
 
 BEAT_S = 0.5
 STILL_S = 3.0  # six beats: a busy machine delays a thread, not for so long
+LEADER_STILL_S = 60.0  # a thread of a process that tokenises waits for Python's lock, but not for so long
 LEAVE_S = 1.0  # rank 0 may hold the store: the others read the verdict there
 
 
@@ -51,6 +52,31 @@ class Pulse:
         finally:
             stop.set()
             thread.join()
+
+    def follow(self, what: str, leads: bool) -> None:
+        """Say that `what` is done, or wait until the leader says so: a barrier would give up after its timeout.
+
+        Raises TrainingError where a rank failed meanwhile, or the leader gave no sign of life; call it while beating.
+        """
+        done = f"done/{what}"
+        if leads:
+            self.store.set(done, "1")
+            return
+        heard, since = self._beats(0), time.monotonic()
+        while not self.store.check([done]):
+            time.sleep(BEAT_S / 5)
+            now = self._beats(0)
+            heard, since = (heard, since) if now == heard else (now, time.monotonic())
+            if self.store.check(["verdict"]):
+                what_happened = self.store.get("verdict").decode()
+            elif time.monotonic() - since > LEADER_STILL_S:
+                what_happened = f"Rank 0 was lost: it gave no sign of life for {LEADER_STILL_S:.0f} s."
+            else:
+                continue
+            raise TrainingError(
+                f"{what_happened} Rank {self.rank} cannot go on without it.",
+                "Look into that rank's output, then start again.",
+            )
 
     def _beat(self, stop: threading.Event) -> None:
         beats = 0

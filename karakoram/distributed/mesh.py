@@ -59,6 +59,10 @@ class Mesh(Protocol):
         """Wait for all."""
         ...
 
+    def follow(self, what: str) -> None:
+        """On the first rank: `what` is done. On the others: wait for it, without a limit of time."""
+        ...
+
     def together(self) -> AbstractContextManager[None]:
         """What runs inside ends with a TrainingError that names the lost rank, where one is lost."""
         ...
@@ -85,6 +89,9 @@ class Alone:
         return flag
 
     def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def follow(self, what: str) -> None:
         """Nobody to wait for."""
 
     @contextmanager
@@ -129,6 +136,10 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.any(False)
+
+    def follow(self, what: str) -> None:
+        """The first rank has done `what`; the others wait for that however long it takes: see `Pulse.follow`."""
+        self.pulse.follow(what, self.is_main)
 
     @contextmanager
     def together(self) -> Iterator[None]:

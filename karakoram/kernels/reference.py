@@ -1,8 +1,10 @@
 """The truth: every operation in plain torch, with the signature of its fast twin. Slow, short, float32 inside.
 
 Legend: T tokens, D hidden, I expert width, E experts, K experts per token, H heads, L latent, R rope, S slots of
-the cache.
+the cache; of Muon n matrices, A rows, B columns.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,38 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
     unit = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
     return weight_D * unit
+
+
+def newton_schulz(
+    stack_nAB: Tensor, norms_n: Tensor, steps: Sequence[tuple[float, float, float]], out: Tensor | None = None
+) -> Tensor:
+    """X = stack / norms, lying; X ← aX + (bG + cG²)X, G = XXᵀ, each step. Roundings are torch.optim.Muon's."""
+    stands = stack_nAB.shape[-2] > stack_nAB.shape[-1]
+    before = stack_nAB / norms_n[:, None, None].to(stack_nAB.dtype)
+    before = before.mT.contiguous() if stands else before.contiguous()
+    after = torch.empty_like(before)
+    gram_nAA = before.new_empty(*before.shape[:-1], before.shape[-2])
+    mix_nAA = torch.empty_like(gram_nAA)
+    for a, b, c in steps:
+        torch.bmm(before, before.mT, out=gram_nAA)
+        torch.baddbmm(gram_nAA, gram_nAA, gram_nAA, beta=b, alpha=c, out=mix_nAA)
+        torch.baddbmm(before, mix_nAA, before, beta=a, out=after)
+        before, after = after, before
+    made = before.mT if stands else before
+    return made if out is None else out.copy_(made)
+
+
+def momentum(gradient: Tensor, buffer: Tensor, momentum: float, scale: float, nesterov: bool) -> Tensor:
+    """buffer ← lerp(buffer, G, 1 − μ) in place, G the scaled gradient -> lerp(G, buffer, μ) or the buffer, in bf16."""
+    gradient = gradient.float() * scale
+    buffer.lerp_(gradient, 1 - momentum)
+    return (gradient.lerp(buffer, momentum) if nesterov else buffer).bfloat16()
+
+
+def update(weight: Tensor, step: Tensor, keep: float, by: float) -> Tensor:
+    """W ← keep·W + by·step, in place -> Σ step², float32."""
+    weight.mul_(keep).add_(step, alpha=by)
+    return torch.linalg.vector_norm(step, dtype=torch.float32).square()
 
 
 def decode_layers(

@@ -1,6 +1,6 @@
 """distill: a small model learns what a large one would say, on text of one's own.
 
-    k2 train distill teacher=DIR data=texts/ plan.model.num_hidden_layers=4
+    k2 train distill teacher=DIR data=texts/ model.num_hidden_layers=4
 
 The student has nano's shape unless `preset=` names another or single keys are changed, and the teacher's tokenizer. The
 teacher runs beside it; `karakoram.train.post.teacher` stores its answers once instead, for students that are many.

@@ -1,7 +1,7 @@
 """pretrain: a model of K2's shape from nothing, on text of one's own.
 
     k2 train pretrain data=texts/ --minutes 30
-    k2 train pretrain data=code/:3,notes.jsonl:1 held_out=check.jsonl plan.model.num_hidden_layers=8
+    k2 train pretrain data=code/:3,notes.jsonl:1 held_out=check.jsonl model.num_hidden_layers=8
 
 The shape is nano's unless `preset=` names another or single keys are changed; the tokenizer is the bundled one unless
 `tokenizer=DIR` names another. What is tokenised once is found again.

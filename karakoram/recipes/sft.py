@@ -38,6 +38,8 @@ def recipe(
     """Raises InputError without data, ConfigError for a model that is none."""
     if not data:
         raise InputError("The recipe sft needs data.", "Give data=FILE.jsonl with a conversation a line.")
+    if lora < 0:
+        raise InputError(f"lora is {lora}.", "Give the adapters' rank, as lora=16, or 0 to train all weights.")
     start = model or bundled_model_dir()
     shape = ModelConfig.from_dir(start)
     plan = TrainConfig(

@@ -134,27 +134,57 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that no run can have."""
+        micro, ramp_from = self.batch.micro_tokens, self.batch.ramp_from_tokens
         for name, value, most in (
             ("steps", self.steps, 2**40),
             ("tokens", 1 if self.tokens is None else self.tokens, 2**60),
             ("minutes", 1 if self.minutes is None else self.minutes, 1e9),
             ("batch.tokens_per_step", self.batch.tokens_per_step, 2**32),
-            ("batch.micro_tokens", self.batch.micro_tokens or 1, 2**32),
+            ("batch.micro_tokens", 1 if micro is None else micro, 2**32),
+            ("batch.ramp_from_tokens", 1 if ramp_from is None else ramp_from, 2**32),
             ("balance.window", self.balance.window, 2**20),
             ("guard.window", self.guard.window, 2**20),
             ("held_out_steps", self.held_out_steps, 2**40),
             ("checkpoints.keep", self.checkpoints.keep, 2**20),
             ("optimizer.clip_norm", self.optimizer.clip_norm, float("inf")),
             ("optimizer.qk_clip_threshold", self.optimizer.qk_clip_threshold, float("inf")),
+            ("guard.skips_before_rollback", self.guard.skips_before_rollback, 2**20),
         ):
             if not 0 < value <= most:
                 raise InputError(f"{name} is {value}.", f"Give a number above 0, at most {most}.")
         for name, value in (
             ("optimizer.learning_rate", self.optimizer.learning_rate),
+            ("optimizer.adamw_learning_rate", self.optimizer.adamw_learning_rate or 0.0),
             ("optimizer.weight_decay", self.optimizer.weight_decay),
             ("schedule.warmup_steps", self.schedule.warmup_steps),
+            ("schedule.warmup_tokens", self.schedule.warmup_tokens),
+            ("batch.ramp_tokens", self.batch.ramp_tokens),
             ("balance.rate", self.balance.rate),
             ("balance.sequence_loss", self.balance.sequence_loss),
+            ("checkpoints.minutes", self.checkpoints.minutes),
+            ("guard.after_steps", self.guard.after_steps),
+            ("guard.rollbacks", self.guard.rollbacks),
+            ("int4_from", self.int4_from),
+            ("balance.freeze_from", self.balance.freeze_from),
         ):
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} is {value}.", "Give a finite number that is not negative.")
+        for name, value in (
+            ("optimizer.momentum", self.optimizer.momentum),
+            ("schedule.decay_from", self.schedule.decay_from),
+            ("schedule.floor", self.schedule.floor),
+            ("schedule.read_floor", self.schedule.read_floor),
+        ):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}.", "Give a number from 0 to 1.")
+        for name, value in (
+            ("guard.loss_factor", self.guard.loss_factor),
+            ("guard.norm_factor", self.guard.norm_factor),
+        ):
+            if not value >= 1:  # below, ordinary steps would be refused
+                raise InputError(f"{name} is {value}.", "Give a number of at least 1; inf never refuses.")
+        if ramp_from is not None and not self.batch.ramp_tokens:
+            raise InputError(
+                "batch.ramp_from_tokens is given, but the ramp is of 0 tokens.",
+                "Give batch.ramp_tokens, over which the batch grows, too.",
+            )

@@ -56,7 +56,8 @@ class Guard:
         ):
             if not math.isfinite(value):
                 return f"{name} is {value}"
-            if len(seen) >= min(self.config.after_steps, self.config.window) and value > factor * max(seen):
+            enough = max(1, min(self.config.after_steps, self.config.window))
+            if len(seen) >= enough and value > factor * max(seen):
                 return (
                     f"{name} is {value:.4g}, over {factor:g} times {max(seen):.4g}, the largest of the last {len(seen)}"
                 )

@@ -1,6 +1,7 @@
 """The machine under a run: memory that is kept, the dtype it multiplies faster, its limit, and its signals."""
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -56,9 +57,13 @@ class StopOnSignal:
     """While active, Ctrl-C or SIGTERM asks to stop after the step (half a step would spoil the masters).
 
     A second Ctrl-C stops at once. Python lets only the main thread handle signals; in another one nothing changes.
+    tell  say on standard error that the signal was heard: the first step compiles, for a minute perhaps
     """
 
     asked = False
+
+    def __init__(self, tell: bool = False) -> None:
+        self.tell = tell
 
     def __enter__(self) -> "StopOnSignal":
         self._before: dict[int, Any] = {}
@@ -73,4 +78,6 @@ class StopOnSignal:
     def _ask(self, number: int, _: object) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.tell and not self.asked:  # a plain write: the signal may have come in the middle of a buffered one
+            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once and saves nothing.\n")
         self.asked = True

@@ -11,7 +11,7 @@ Recipes are functions in `karakoram/recipes/` or in a user's file; `plan` is wha
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from karakoram.distributed.mesh import Alone, Ranks, start
+from karakoram.env import memory
 from karakoram.errors import TrainingError
+from karakoram.model.cost import parameters
 from karakoram.train.checkpoints.find import newest
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
 from karakoram.train.machine import faster_dtype, keep_freed_memory
+from karakoram.train.optim.newton_schulz import named
 from karakoram.train.record.directory import open_run, recorded_settings, settings_of
 from karakoram.train.record.sinks import open_sinks
 from karakoram.train.trainer import BatchSource, Objective, Trainer
@@ -51,9 +54,16 @@ class Workplace:
         columns = (
             TextColumn(what), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"), TimeRemainingColumn()
         )  # fmt: skip
-        with Progress(*columns, console=self.console, disable=self.quiet) as progress:
-            task = progress.add_task(what, total=1)
-            yield lambda done, total: progress.update(task, completed=min(done, total), total=total)
+        with ExitStack() as shown:  # from the first call on: there is nothing to show where all is found done
+            progress = Progress(*columns, console=self.console, disable=self.quiet)
+            task = progress.add_task(what)
+
+            def update(done: int, total: int) -> None:
+                if not progress.live.is_started:
+                    shown.enter_context(progress)
+                progress.update(task, completed=min(done, total), total=total)
+
+            yield update
 
     @property
     def console(self) -> Console:
@@ -131,15 +141,18 @@ def run_recipe(recipe: Recipe, out: Path, manner: Manner | None = None) -> Path:
     torch.set_num_threads(manner.threads or max(1, (os.cpu_count() or 1) // here))
     stages, before = recipe.stages(), recipe.start_from
     quiet = manner.quiet or not ranks.is_main
-    _refuse_mixture(out, stages, manner.resume)
-    ranks.barrier()
+    for _, config in stages:
+        named(config.optimizer.coefficients)  # before hours of tokenising, not after
     place = Workplace(out, out, before, torch.get_num_threads(), quiet)
-    for name, config in stages:
-        place = replace(place, out=out / name if name else out, before=before)
-        before = _run_stage(recipe, name, config, place, manner, ranks)
-    if stages[-1][0] and ranks.is_main:
-        _publish(place.out / "model", out / "model")
-    ranks.barrier()
+    with ranks.together():
+        _refuse_mixture(out, stages, manner.resume)
+        ranks.barrier()
+        for name, config in stages:
+            place = replace(place, out=out / name if name else out, before=before)
+            before = _run_stage(recipe, name, config, place, manner, ranks)
+        if stages[-1][0] and ranks.is_main:
+            _publish(place.out / "model", out / "model")
+        ranks.barrier()
     place.console.print(f"Finished: {out / 'model'}. Talk to it with: k2 chat {out / 'model'}", soft_wrap=True)
     return out / "model"
 
@@ -148,10 +161,21 @@ def _run_stage(
     recipe: Recipe, name: str, config: TrainConfig, place: Workplace, manner: Manner, ranks: Alone | Ranks
 ) -> Path:
     going_on = manner.resume and newest(place.out) is not None
+    stage = f"stage {name}" if name else "this run"
+    if manner.resume and not going_on and recorded_settings(place.out):
+        place.console.print(f"Nothing was saved of {stage} before it stopped: it begins anew.")
     # a resumed run goes on in the dtype it began with, even if the other one is faster today
-    dtype = (_dtype(recorded_settings(place.out)) if going_on else manner.dtype) or faster_dtype()
+    dtype = (_dtype(recorded_settings(place.out)) if going_on else manner.dtype) or _agreed(faster_dtype(), ranks)
     told = {"stage": name, "dtype": str(dtype).removeprefix("torch.")}
-    material = _made(recipe, name, config, place, ranks)
+    try:
+        material = _made(recipe, name, config, place, ranks)
+    except KeyboardInterrupt as error:
+        raise TrainingError(
+            f"Stopped before {stage} began: its data were not ready.",
+            "The same command goes on; what was tokenised in whole shards is found again.",
+        ) from error
+    if material.model is None:
+        _check_memory(config, dtype, ranks)
     settings = settings_of(config, **told, **material.kind)
     with open_run(place.out, settings, going_on) if ranks.is_main else nullcontext():
         ranks.barrier()
@@ -164,10 +188,14 @@ def _run_stage(
             trainer.resume()
         elif place.before is not None:
             trainer.start_from(place.before)
-        stage = f"stage {name}" if name else "this run"
         if trainer.finished:
             place.console.print(f"{stage.capitalize()} is finished: it ended with step {trainer.step}.")
             return trainer.finished
+        if config.schedule.warmup_steps > config.steps:
+            place.console.print(
+                f"The warmup (schedule.warmup_steps={config.schedule.warmup_steps}) is longer than the run of "
+                f"{config.steps} steps: the learning rate stays below its peak.", soft_wrap=True,
+            )  # fmt: skip
         place.console.print(f"Training ({stage}) in {told['dtype']}; Ctrl-C saves.")
         if ranks.is_main:
             trainer.sinks = open_sinks(manner.sinks, place.out, settings, trainer.step)
@@ -175,13 +203,36 @@ def _run_stage(
 
 
 def _made(recipe: Recipe, name: str, config: TrainConfig, place: Workplace, ranks: Alone | Ranks) -> Material:
-    """The first rank tokenises, the others find it done."""
+    """The first rank tokenises, for hours perhaps; the others find it done."""
     if ranks.is_main:
         material = recipe.material(name, config, place)
-        ranks.barrier()
+        ranks.follow(f"material {name}")
         return material
-    ranks.barrier()
+    ranks.follow(f"material {name}")
     return recipe.material(name, config, place)
+
+
+def _agreed(dtype: torch.dtype, ranks: Alone | Ranks) -> torch.dtype:
+    """float32 where any rank found it faster: each measures for itself, and all must compute in one dtype."""
+    wide = ranks.any(dtype == torch.float32)
+    return torch.float32 if wide else torch.bfloat16
+
+
+def _check_memory(config: TrainConfig, dtype: torch.dtype, ranks: Alone | Ranks) -> None:
+    """Refuse what cannot be held, before the machine ends this process or another: activations are not counted."""
+    if ranks.device.type != "cpu":
+        return
+    # weights and gradients; the float32 master and momentum
+    per_parameter_bytes = 2 * dtype.itemsize + 8
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / ranks.world
+    needed_bytes = int(parameters(config.model).total * per_parameter_bytes * here)
+    total_bytes = memory().total_bytes
+    if total_bytes is not None and needed_bytes > total_bytes:
+        raise TrainingError(
+            f"Training this model takes {needed_bytes / 1e9:,.0f} GB and more, and this machine has "
+            f"{total_bytes / 1e9:,.0f} GB of memory.",
+            "Choose a smaller shape (model.…, preset=nano), or more machines; k2 plan NAME --train counts for both.",
+        )
 
 
 def _refuse_mixture(out: Path, stages: Sequence[tuple[str, TrainConfig]], resume: bool) -> None:

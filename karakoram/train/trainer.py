@@ -111,7 +111,8 @@ class Trainer:
         self.config, self.batches, self.out, self.files, self.compiled = config, batches, out, files, compiled
         self.held_out, self.objective, self.sinks = held_out, objective, sinks
         self.ranks = ranks or Alone()
-        self.model = model or initialize(Transformer(config.model, dtype=dtype), config.seed).to(self.ranks.device)
+        self.model = model or initialize(Transformer(config.model, dtype=dtype), config.seed)
+        self.model.to(self.ranks.device)
         if config.recompute:
             recompute(self.model)
         self.layouts = split(self.model, self.ranks)
@@ -138,8 +139,11 @@ class Trainer:
         self._prepare()
         last_saved_s = self.elapsed_s
         sinks = self.sinks if self.ranks.is_main else ()
-        metrics = Metrics(self._told_in(), self.elapsed_s, quiet or not self.ranks.is_main, self.step, sinks)
-        with self.ranks.together(), metrics, StopOnSignal() as stop:
+        quiet = quiet or not self.ranks.is_main
+        metrics = Metrics(self._told_in(), self.elapsed_s, quiet, self.step, sinks, self.progress)
+        with self.ranks.together(), metrics, StopOnSignal(tell=not quiet) as stop:
+            if self.step:
+                metrics.event(self.step, "resumed", say=False, next_batch=self.position)
             while self.progress < 1 and not self.ranks.any(stop.asked):
                 line = self.train_step(self.next_batch(), metrics)
                 self.elapsed_s = self._agreed_s(metrics.elapsed_s)
@@ -249,11 +253,12 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean weighted cross-entropy over the held-out batches."""
+        """Mean weighted loss, of the objective where there is one, over the held-out batches; the same on all ranks."""
         total = weight = 0.0
         for batch in self.held_out:
             weight += float(batch.weights.sum())
-            total += float(self.loss(batch, watch=False))
+            for piece in self._micro_batches(batch.map(lambda rows: rows.to(self.ranks.device))):
+                total += float(self.loss(piece, watch=False))
         return total / max(weight, 1e-6)
 
     # ------------------------------------------------------------------------------------------------ its parts
@@ -390,6 +395,7 @@ class Trainer:
         self._go_on_from(counters)
         self.guard, self.position, self.elapsed_s = guard, position, elapsed_s
         guard.rolled_back()
+        self.checkpoints.saved_step = -1  # another save of this step is news: it goes on with other batches
         self.loads = balance.Loads(self.config.balance.window)
         metrics.event(at, "rolled back", to=self.step, next_batch=position)
 

@@ -155,7 +155,7 @@ def _plans(extra_flags: tuple[str, ...], only: tuple[str, ...]) -> list[tuple[st
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     plans: list[tuple[str, tuple[str, ...]]] = []
     for file in sorted(SOURCES.rglob("*.cpp")):
-        isa = file.stem if file.parent.name == "isa" else ""
+        isa = file.stem if file.relative_to(SOURCES).parts[0] == "isa" else ""
         wanted = x86 and (not only or isa in only)
         plans.append(
             (str(file.relative_to(SOURCES)), (*FLAGS, *(ISA_FLAGS.get(isa, ()) if wanted else ()), *extra_flags))
@@ -191,6 +191,8 @@ def _compile(
 
 def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode < 0 or "signal terminated" in done.stderr:  # else a library without this file would stay
+        raise OSError(f"{command[0]} was ended from outside while it built {what}")
     if done.returncode:
         lines = done.stderr.splitlines()
         first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")

@@ -7,9 +7,9 @@ decay ("Muon is Scalable for LLM Training", arXiv 2502.16982, §2.2). A matrix i
 `splits.py` cuts it into; a stack of experts is that many matrices. Those of one shape are orthogonalised together, in
 batched products: a step costs a few large kernels whatever the number of experts.
 
-`mean`, the default, keeps the momentum as torch.optim.Muon does, M ← M + (1 − μ)(G − M): the same direction, smaller by
-1 − μ, and rounded to bfloat16 alike, so that both take the same steps bit for bit. The sum is what Moonlight writes, and
-differs by bfloat16's roundings only.
+`mean`, the default, keeps the momentum as torch.optim.Muon does, M ← M + (1 − μ)(G − M): the same direction, smaller
+by 1 − μ, and rounded to bfloat16 alike, so that both take the same steps bit for bit. The sum is what Moonlight writes,
+and differs by bfloat16's roundings only.
 
 Three ways in: `muon_update` and `updated` are functions of tensors; `Muon.directions` and `Muon.apply` are halves of a
 step over weights by name, for who must move directions between; `Muon.step` is both, shape by shape.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from karakoram.errors import TrainingError
+from karakoram.kernels import muon as kernels
 from karakoram.train.optim.newton_schulz import Spectrum, named, orthogonalize
 from karakoram.train.optim.splits import Split, whole
 
@@ -94,10 +95,10 @@ class Muon:
         self.calibrate: Spectrum | None = calibrate
         self.buffers = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in self.weights.items()}
         self._squares: dict[str, Tensor] = {}
-        # weights whose matrices have the same sides go together
-        self._together: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
+        # weights whose matrices have the same shape go together
+        self._together: dict[tuple[torch.Size, ...], list[str]] = defaultdict(list)
         for name, weight in self.weights.items():
-            self._together[tuple(_sides(view) for view in self._views(name, weight))].append(name)
+            self._together[tuple(view.shape[-2:] for view in self._views(name, weight))].append(name)
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float = 1.0) -> None:
@@ -105,9 +106,11 @@ class Muon:
         for names in self._together.values():
             names = [name for name in names if name in gradients]
             for name, orthogonal in zip(names, self._orthogonal(names, gradients, scale), strict=True):
-                weight = self.weights[name].mul_(1 - learning_rate * self.weight_decay)
-                for view, part in zip(self._views(name, weight), orthogonal, strict=True):
-                    view.add_(part, alpha=-learning_rate * factor(view.shape))
+                keep, squares = 1 - learning_rate * self.weight_decay, list[Tensor]()
+                for view, part in zip(self._views(name, self.weights[name]), orthogonal, strict=True):
+                    size = factor(view.shape)
+                    squares.append(kernels.update(view, part, keep, -learning_rate * size) * size**2)
+                self._squares[name] = sum(squares[1:], start=squares[0])
 
     @torch.no_grad()
     def directions(
@@ -119,6 +122,7 @@ class Muon:
             chosen = [name for name in together if name in wanted]
             for name, orthogonal in zip(chosen, self._orthogonal(chosen, gradients, scale), strict=True):
                 made[name] = torch.empty_like(self.buffers[name])
+                self._squares[name] = sum((_squares(part) for part in orthogonal[1:]), start=_squares(orthogonal[0]))
                 for view, part in zip(self._views(name, made[name]), orthogonal, strict=True):
                     torch.mul(part.float(), factor(view.shape), out=view)
         return made
@@ -165,25 +169,24 @@ class Muon:
     def _orthogonal(
         self, names: Sequence[str], gradients: Mapping[str, Tensor], scale: float
     ) -> list[tuple[Tensor, ...]]:
-        """Of each weight its matrices' O, in `dtype`, shaped as its views. All weights have views of the same sides."""
+        """Of each weight its matrices' O, in `dtype`, shaped as its views, which are of the same shapes for all."""
         if not names:
             return []
         wanted = [self._views(name, self._momentum(name, gradients[name], scale)) for name in names]
         by_view: list[list[Tensor]] = []
         for views in zip(*wanted, strict=True):
-            stacks = [_lying(view) for view in views]
+            stacks = [view.reshape(-1, *view.shape[-2:]) for view in views]
             made = orthogonalize(
                 stacks[0] if len(stacks) == 1 else torch.cat(stacks), self.coefficients, self.dtype, self.calibrate
             )
             parts = made.split([len(stack) for stack in stacks])
-            by_view.append([_standing(part, view) for part, view in zip(parts, views, strict=True)])
-        orthogonal = list(zip(*by_view, strict=True))
-        for name, parts in zip(names, orthogonal, strict=True):
-            self._squares[name] = sum((_squares(part) for part in parts), start=torch.zeros(()).to(parts[0].device))
-        return orthogonal
+            by_view.append([part.reshape(view.shape) for part, view in zip(parts, views, strict=True)])
+        return list(zip(*by_view, strict=True))
 
     def _momentum(self, name: str, gradient: Tensor, scale: float) -> Tensor:
         buffer = self.buffers[name]
+        if self.mean and self.dtype == torch.bfloat16:
+            return kernels.momentum(gradient, buffer, self.momentum, scale, self.nesterov)
         ahead = nesterov(gradient, buffer, self.momentum, scale, self.mean)
         return ahead if self.nesterov else buffer
 
@@ -227,23 +230,6 @@ def from_torch_muon(
             )
         found[name] = torch.stack([stack[index] for index in range(len(stack))])
     return found
-
-
-def _sides(view: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(view.shape[-2:]))
-
-
-def _lying(view: Tensor) -> Tensor:
-    """As a stack of matrices no taller than wide: [..., A, B] -> [n, A, B]."""
-    flat = view.mT if view.shape[-2] > view.shape[-1] else view
-    return flat.reshape(-1, *flat.shape[-2:])
-
-
-def _standing(stack_nAB: Tensor, view: Tensor) -> Tensor:
-    """`_lying` back: in the shape of the view."""
-    shape = view.mT.shape if view.shape[-2] > view.shape[-1] else view.shape
-    stack = stack_nAB.reshape(shape)
-    return stack if shape == view.shape else stack.mT
 
 
 def _squares(part: Tensor) -> Tensor:

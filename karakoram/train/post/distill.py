@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from karakoram.errors import InputError
+from karakoram.model.documents import Documents
 from karakoram.model.transformer import Transformer
 from karakoram.train.data.batches import Batch
 from karakoram.train.loss import head_loss
@@ -126,7 +127,8 @@ def online_objective(teacher: Transformer, temperature: float = 1.0, share: floa
         _same_vocabulary(model, teacher.config.vocab_size)
         targets_N = batch.targets.flatten()
         with torch.no_grad():
-            teacher_ND = teacher.hidden(batch.token_ids).flatten(0, 1)
+            documents = None if batch.documents is None else Documents(batch.documents)
+            teacher_ND = teacher.to(x_ND.device).hidden(batch.token_ids, documents=documents).flatten(0, 1)
 
         def of_slice(logits_NV: Tensor, rows_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():

@@ -1,7 +1,7 @@
 """What a run says of itself: a line of JSON per step, what happened besides, a progress bar, and other people's sinks.
 
 OUT/metrics.jsonl   one line per step
-OUT/events.jsonl    batches that were skipped, rollbacks, checkpoints, resumes: {"step": …, "event": …, …}
+OUT/events.jsonl    batches that were skipped, rollbacks, resumes: {"step": …, "event": …, …}; nothing is taken back
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -30,8 +30,8 @@ class Sink(Protocol):
 class Metrics:
     """Use as a context manager; `step` after every step.
 
-    elapsed_before_s, steps_before are those of the parts before a resumed one. Lines of later steps are dropped: a
-    killed run had gone on after its last checkpoint, and goes over those steps again.
+    elapsed_before_s, steps_before, progress_before are those of the parts before a resumed one. Lines of later steps are
+    dropped: a killed run had gone on after its last checkpoint, and goes over those steps again.
     """
 
     def __init__(
@@ -41,10 +41,11 @@ class Metrics:
         quiet: bool = False,
         steps_before: int = 0,
         sinks: Sequence[Sink] = (),
+        progress_before: float = 0.0,
     ) -> None:
         self.out, self.sinks = out, sinks
         self._file = (out / "metrics.jsonl").open("a", buffering=1)
-        self._events = (out / "events.jsonl").open("a", buffering=1)
+        self._events = _appending(out / "events.jsonl")
         self.back_to(steps_before)
         self._start = time.monotonic() - elapsed_before_s
         self._progress = Progress(
@@ -57,7 +58,10 @@ class Metrics:
             disable=quiet,
             speed_estimate_period=120.0,
         )
-        self._bar = self._progress.add_task("train", total=1.0, step=steps_before, loss=float("nan"), speed=0.0)
+        # what was done before is no speed: the time that is left is told by this part
+        self._bar = self._progress.add_task(
+            "train", total=1.0, completed=progress_before, step=steps_before, loss=math.nan, speed=0.0
+        )
         self._smooth: float | None = None
 
     def __enter__(self) -> "Metrics":
@@ -83,7 +87,11 @@ class Metrics:
         if math.isfinite(loss):
             self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         self._progress.update(
-            self._bar, completed=progress, step=line["step"], loss=self._smooth, speed=line["tokens_per_s"]
+            self._bar,
+            completed=progress,
+            step=line["step"],
+            speed=line["tokens_per_s"],
+            loss=math.nan if self._smooth is None else self._smooth,
         )
         for sink in self.sinks:
             sink.log(line["step"], _scalars(line))
@@ -104,6 +112,15 @@ class Metrics:
         os.replace(partial, path)
         self._file.close()
         self._file = path.open("a", buffering=1)
+
+
+def _appending(path: Path) -> TextIO:
+    """Open to write behind what is there; a torn last line, of a run that was killed, is ended first."""
+    file = path.open("a+", buffering=1)
+    file.seek(max(0, file.tell() - 1))
+    if file.read() not in ("", "\n"):
+        file.write("\n")
+    return file
 
 
 def _step(line: str) -> float:

@@ -161,6 +161,19 @@ k2_status k2_decode_layers(const k2_layer* layers, int64_t count, const k2_tenso
 k2_status k2_decode_attention(const k2_layer* layer, const k2_tensor* cos, const k2_tensor* sin, const k2_tensor* blocks,
                               const k2_tensor* lengths, k2_tensor* cache, k2_tensor* x, k2_tensor* normed);
 
+// Muon, where k2_muon_here says 1; elsewhere these give K2_NO_ISA. alone: 1 for the calling thread without the others.
+int k2_muon_here(void);
+// Momentum f32 [n] in place, M ← M + new_share·(G − M), with G = scale · gradient f32 or bf16 [n]. out bf16 [n]: what is to be made
+// orthogonal, with nesterov G + momentum·(M − G), else M. The differences are taken from the nearer end, as torch's lerp does.
+k2_status k2_muon_momentum(const k2_tensor* gradient, k2_tensor* buffer, float momentum, float new_share, float scale,
+                           int32_t nesterov, int32_t alone, k2_tensor* out);
+// Newton-Schulz steps on matrices: x bf16 [n, A, B] over norms f32 [n] -> out bf16 [n, A, B], all contiguous. For each row
+// (a, b, c) of steps f32 [steps, 3], X ← a·X + (b·G + c·G²)·X with G = X·Xᵀ; G, the sum in brackets and X are rounded to bf16.
+// Of matrices with more rows than columns, X is the transpose.
+k2_status k2_newton_schulz(const k2_tensor* x, const k2_tensor* norms, const k2_tensor* steps, int32_t alone, k2_tensor* out);
+// weight f32 [n] ← keep · weight + by · update bf16 [n]; squares: Σ update²
+k2_status k2_muon_update(k2_tensor* weight, const k2_tensor* update, float keep, float by, int32_t alone, float* squares);
+
 // Sum of a buffer's bytes with the widest loads of the chosen instruction set: the reader of `k2 bench memory`.
 k2_status k2_read(const k2_tensor* buffer, uint64_t* sum);
 

@@ -3,20 +3,22 @@
     data=notes.jsonl            data=texts/            data=rows.parquet        data=hf:HuggingFaceTB/cosmopedia
     data=code/:3,chat.jsonl:1   three tokens of the first for one of the second
 
-A folder is read by what it holds most of: Parquet, JSON lines or plain text.
+A folder is read by what it holds most of: Parquet, JSON lines or plain text; what is left out is said.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from karakoram.errors import InputError
+from karakoram.errors import InputError, TrainingError
 from karakoram.train.config import BatchConfig
 from karakoram.train.data.corpus.build import build_shards
 from karakoram.train.data.corpus.conversations import Rendering
 from karakoram.train.data.corpus.lines import JsonLines, TextFiles
 from karakoram.train.data.corpus.mixture import Mixture, Part, RowBatches
 from karakoram.train.data.corpus.records import Source
+from karakoram.train.data.corpus.shards import ShardSet
 from karakoram.train.data.corpus.tables import HuggingFace, Parquet
 from karakoram.train.optim.schedule import batch_tokens
 
@@ -29,6 +31,7 @@ KINDS: dict[str, Callable[[Path], Source]] = {
     ".md": TextFiles,
 }
 LOOKED_AT = 1000  # files of a folder, to see of what kind it is
+_WORDS = {Parquet: "Parquet", JsonLines: "JSON lines", TextFiles: "text"}
 
 
 def rows_of(
@@ -43,17 +46,31 @@ def rows_of(
     rendering: Rendering | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda note: None,
 ) -> RowBatches:
-    """Tokenise what `data` names (or find it tokenised) and pack it.
+    """Tokenise what `data` names (or find it tokenised) and pack it; `say` is told what was left out.
 
-    Raises InputError for what cannot be named so, TrainingError as building and mixing do.
+    Raises InputError for what cannot be named so and for batches without room for a row, TrainingError as building and
+    mixing do, and for data of which nothing is to be learned.
     """
+    _check_room(batch, sequence_tokens)
     parts: list[Part] = []
     for name, weight in named(data):
+        source = source_of(name)
+        if others := _left_out(Path(name), type(source)):
+            say(f"{name}: only the {_WORDS[type(source)]} files in it are read; left out: {others}.")
         shards = build_shards(
-            source_of(name), tokenizer, cache, Path(name.removeprefix(HUB)).name or "corpus", rendering=rendering,
+            source, tokenizer, cache, Path(name.removeprefix(HUB)).name or "corpus", rendering=rendering,
             processes=processes, progress=progress,
         )  # fmt: skip
+        if skipped := shards.index["skipped"]:
+            first = next(iter(shards.index["skipped_examples"]), "")
+            say(f"{name}: {skipped:,} of {shards.index['records']:,} records were skipped; the first: {first}.")
+        if not _teaches(shards):
+            raise TrainingError(
+                f"Nothing of {name} is to be learned: every token in it has weight 0.",
+                "Give texts, or conversations in which an assistant's message has a weight above 0.",
+            )
         parts.append(Part(name, type(shards)(shards.folder, tokenizer, vocab_size), weight))
     mixture = Mixture(parts, sequence_tokens, seed, pad_id)
 
@@ -62,6 +79,26 @@ def rows_of(
 
     settled = 0 if batch.ramp_from_tokens is None else batch.ramp_tokens
     return RowBatches(mixture, rows, settled)
+
+
+def _check_room(batch: BatchConfig, sequence_tokens: int) -> None:
+    """A row is never cut: each batch, and each piece of one, has room for a row."""
+    for name, tokens in (
+        ("batch.tokens_per_step", batch.tokens_per_step),
+        ("batch.ramp_from_tokens", batch.ramp_from_tokens),
+        ("batch.micro_tokens", batch.micro_tokens),
+    ):
+        if tokens is not None and tokens < sequence_tokens:
+            raise InputError(
+                f"{name} is {tokens}, and a row has {sequence_tokens} tokens.",
+                f"Give {name} of at least {sequence_tokens}, or a smaller sequence_tokens.",
+            )
+
+
+def _teaches(shards: ShardSet) -> bool:
+    """Whether any token that is predicted has a weight; the first sample says so, as a rule."""
+    lengths = shards.lengths.tolist()
+    return any(shards.read(sample, 0, length)[1][1:].any() for sample, length in enumerate(lengths))
 
 
 def named(data: str) -> list[tuple[str, float | None]]:
@@ -97,5 +134,19 @@ def source_of(name: str) -> Source:
 def _kind(path: Path) -> str | None:
     if path.is_file():
         return next((s for s in reversed(path.suffixes) if s in KINDS), None)
-    kinds = [kind for file in islice(path.rglob("*"), LOOKED_AT) if file.is_file() and (kind := _kind(file))]
-    return max(sorted(set(kinds)), key=kinds.count, default=None)
+    kinds = _kinds(path)
+    most = max(KINDS.values(), key=lambda source: sum(n for kind, n in kinds.items() if KINDS[kind] is source))
+    return next((kind for kind in sorted(kinds) if KINDS[kind] is most), None)
+
+
+def _kinds(folder: Path) -> Counter[str]:
+    """How many files of each kind lie in a folder."""
+    return Counter(
+        kind for file in islice(folder.rglob("*"), LOOKED_AT) if file.is_file() and (kind := _kind(file)) is not None
+    )
+
+
+def _left_out(path: Path, source: type[Source]) -> str:
+    """Files of a folder that could be read, but by another source than this one: "3 .txt, 1 .md", or nothing."""
+    kinds = _kinds(path) if path.is_dir() else Counter[str]()
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()) if KINDS[kind] is not source)

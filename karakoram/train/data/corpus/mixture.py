@@ -73,12 +73,9 @@ class Mixture:
         self._epoch = lru_cache(maxsize=2 * len(parts))(self._draw_epoch)
 
     def rows(self, first: int, count: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows first + rank, first + rank + world, … below first + count. TrainingError for a count that ranks cannot
-        share evenly."""
+        """Rows first + rank, first + rank + world, … below first + count; a rank may have one more than another."""
         if first < 0 or count < 1 or not 0 <= rank < world:
             raise IndexError(f"Rows {first} to {first + count} for rank {rank} of {world}.")
-        if count % world:
-            raise TrainingError(f"{count} rows cannot be shared by {world} ranks.", f"Use a multiple of {world} rows.")
         numbers = range(first + rank, first + count, world)
         shape = len(numbers), self.sequence_tokens
         ids = np.full(shape, self.pad_id, np.int64)

@@ -63,6 +63,7 @@ struct Kernels {
   void (*rms_norm)(const uint16_t* x, const uint16_t* weight, int64_t n, float eps, uint16_t* y);
   void (*add_bf16)(uint16_t* x, const uint16_t* y, int64_t n);  // x += y, rounded
   uint64_t (*read)(const uint64_t* words, int64_t n);
+  const struct Muon* muon;  // null where torch's products are as fast
 };
 
 // One per object file; null where it was not compiled for this processor family.

@@ -415,7 +415,7 @@ constexpr Kernels portable_kernels(const char* name) {
   return Kernels{name,       4,       0,             4,        load_f32,     multiply_int4, multiply_bf16,
                  decode_fp8, nullptr, nullptr, tile_bf16_f32, gemm_f32, silu_mul_f32, axpy,          store_bf16,
                  dots_f32,   softmax, turn_f32,      tile_values_f32, scale_rows, rms_norm, add_bf16,
-                 read_words};
+                 read_words, nullptr};
 }
 
 }  // namespace
