@@ -1,7 +1,8 @@
 """Does MuonClip need fewer tokens than AdamW? Final held-out loss, learning rates tuned for each, three seeds.
 
-AdamW trains on 2.5 million tokens; MuonClip on 70 % of them, with a complete schedule of its own over that length. Each has a grid of learning rates whose best must lie inside; the same rate serves its
-embedding, head and norms. Everything else is the same: weights and batches by seed, warmup, decay, weight decay, clip.
+AdamW trains on 2.5 million tokens; MuonClip on 70 % of them, with a complete schedule of its own over that length. Each
+has a grid of learning rates whose best must lie inside; the same rate serves its embedding, head and norms. Everything
+else is the same: weights and batches by seed, warmup, decay, weight decay, clip.
 
     python benchmarks/training/optimizers.py [--processes 2] [--summary]
 

@@ -86,7 +86,7 @@ class Pulse:
                 self.store.set(f"beat/{self.rank}", str(beats))
 
     def _tell(self, error: BaseException) -> None:
-        words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+        words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500].rstrip(".")
         with suppress(RuntimeError):
             self.store.compare_set("verdict", "", f"Rank {self.rank} failed: {words}.")
             time.sleep(LEAVE_S if self.rank == 0 else 0)

@@ -47,7 +47,7 @@ class Corpus:
                     data, self.tokenizer, place.root / "tokens", config.batch, self.sequence_tokens,
                     config.model.vocab_size, config.seed, config.model.pad_token_id or 0,
                     Rendering(read_weight=self.read_weight), place.threads, progress,
-                    place.console.print,
+                    place.say,
                 )  # fmt: skip
 
         held: Sequence[Batch] = ()

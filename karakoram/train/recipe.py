@@ -65,6 +65,10 @@ class Workplace:
 
             yield update
 
+    def say(self, note: str) -> None:
+        """A line on standard error, as it is: file names may hold what Rich takes for markup."""
+        self.console.print(note, soft_wrap=True, markup=False, highlight=False)
+
     @property
     def console(self) -> Console:
         """Standard error, silent in a quiet run."""
@@ -153,7 +157,7 @@ def run_recipe(recipe: Recipe, out: Path, manner: Manner | None = None) -> Path:
         if stages[-1][0] and ranks.is_main:
             _publish(place.out / "model", out / "model")
         ranks.barrier()
-    place.console.print(f"Finished: {out / 'model'}. Talk to it with: k2 chat {out / 'model'}", soft_wrap=True)
+    place.say(f"Finished: {out / 'model'}. Talk to it with: k2 chat {out / 'model'}")
     return out / "model"
 
 
@@ -163,7 +167,7 @@ def _run_stage(
     going_on = manner.resume and newest(place.out) is not None
     stage = f"stage {name}" if name else "this run"
     if manner.resume and not going_on and recorded_settings(place.out):
-        place.console.print(f"Nothing was saved of {stage} before it stopped: it begins anew.")
+        place.say(f"Nothing was saved of {stage} before it stopped: it begins anew.")
     # a resumed run goes on in the dtype it began with, even if the other one is faster today
     dtype = (_dtype(recorded_settings(place.out)) if going_on else manner.dtype) or _agreed(faster_dtype(), ranks)
     told = {"stage": name, "dtype": str(dtype).removeprefix("torch.")}
@@ -192,10 +196,10 @@ def _run_stage(
             place.console.print(f"{stage.capitalize()} is finished: it ended with step {trainer.step}.")
             return trainer.finished
         if config.schedule.warmup_steps > config.steps:
-            place.console.print(
+            place.say(
                 f"The warmup (schedule.warmup_steps={config.schedule.warmup_steps}) is longer than the run of "
-                f"{config.steps} steps: the learning rate stays below its peak.", soft_wrap=True,
-            )  # fmt: skip
+                f"{config.steps} steps: the learning rate stays below its peak."
+            )
         place.console.print(f"Training ({stage}) in {told['dtype']}; Ctrl-C saves.")
         if ranks.is_main:
             trainer.sinks = open_sinks(manner.sinks, place.out, settings, trainer.step)

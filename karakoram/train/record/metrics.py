@@ -30,8 +30,8 @@ class Sink(Protocol):
 class Metrics:
     """Use as a context manager; `step` after every step.
 
-    elapsed_before_s, steps_before, progress_before are those of the parts before a resumed one. Lines of later steps are
-    dropped: a killed run had gone on after its last checkpoint, and goes over those steps again.
+    elapsed_before_s, steps_before, progress_before are those of the parts before a resumed one. Lines of later steps
+    are dropped: a killed run had gone on after its last checkpoint, and goes over those steps again.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Metrics:
             disable=quiet,
             speed_estimate_period=120.0,
         )
-        # what was done before is no speed: the time that is left is told by this part
+        begun: Any = progress_before  # what was done before is no speed: the time left is told by this part
         self._bar = self._progress.add_task(
-            "train", total=1.0, completed=progress_before, step=steps_before, loss=math.nan, speed=0.0
+            "train", total=1.0, completed=begun, step=steps_before, loss=math.nan, speed=0.0
         )
         self._smooth: float | None = None
 

@@ -69,7 +69,7 @@ def test_skipped_lines_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"ramp_from_tokens": 63, "ramp_tokens": 999}, "batch.ramp_from_tokens is 63, and a row has 64 tokens"),
     ],
 )
-def test_a_batch_has_room_for_a_row(batch: dict[str, int], words: str, folder: Path, tmp_path: Path) -> None:
+def test_a_batch_has_room_for_a_row(batch: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
         run_recipe(small(str(folder), **batch), tmp_path / "run", QUIET)
 
