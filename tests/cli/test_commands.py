@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -191,18 +190,3 @@ def test_batches_keep_the_order_and_report() -> None:
         assert run([[0] * 5, [0], [0] * 3], 7, {9}) == [[5], [1], [3]]
     assert seen == [1, 3, 5]
     assert reported == [(2, 3), (3, 3)]
-
-
-def test_train_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked: list[tuple[Path, dict[str, Any]]] = []
-    recipe = ModuleType("karakoram.recipes.nano")
-    recipe.run = lambda out, **how: asked.append((out, how))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "karakoram.recipes.nano", recipe)
-    assert k2(capsys, "train", "nano")[0] == 0
-    assert (
-        k2(capsys, "train", "nano", "--out", "x", "--resume", "--steps", "3", "--threads", "1", "--seed", "0")[0] == 0
-    )
-    assert asked == [
-        (Path("runs/nano"), {"data_dir": None, "resume": False}),
-        (Path("x"), {"data_dir": None, "resume": True, "steps": 3, "threads": 1, "seed": 0}),
-    ]

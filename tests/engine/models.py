@@ -65,7 +65,7 @@ def tiny(dtype: torch.dtype = torch.float32, seed: int = 3, **changes: Any) -> T
 
 def write_packed(directory: Path, **changes: Any) -> Path:
     """The same model with int4 experts, as a checkpoint: `load_model` opens it packed, or dense in float32."""
-    model = tiny(torch.bfloat16, **changes)
+    model = tiny(torch.bfloat16, **changes).requires_grad_()  # what is frozen has no master
     masters = Masters(model)
     masters.int4_experts = True
     masters.publish()

@@ -96,10 +96,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert (model / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_signal_handlers_are_given_back(stopped: Path) -> None:
-    assert stopped.is_dir()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_the_signal_handlers_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    _run(tmp_path, steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:

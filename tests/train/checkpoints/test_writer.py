@@ -211,6 +211,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, wanted: dict[s
 def test_a_trainers_checkpoints(tmp_path: Path) -> None:
     counters = {
         "step": 7, "tokens": 70, "position": 8, "elapsed_s": 1.5, "seed": 0, "int4_experts": False, "guard": {},
+        "data": {},
     }  # fmt: skip
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     assert checkpoints.newest() is None
