@@ -347,6 +347,8 @@ def operation(rng: Random, split: Split) -> Task:
     """One operation for the calculator that takes two numbers and an operation."""
     name = OPERATIONS[int(rng.random() * 4)]
     a, b = number(rng), number(rng)
+    while name == "divide" and float(b) == 0:
+        b = number(rng)
     phrase = _SPOKEN[_SIGNS[name]].pick(rng, split, a=a, b=b)
     if " added to " in phrase:
         a, b = b, a
