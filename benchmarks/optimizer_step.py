@@ -2,7 +2,8 @@
 
 torch.optim.Muon takes no stacks, so that its user unstacks them. A step is momentum, Newton-Schulz and update, of 64
 experts of 128 × 256 and of 64 × 256, float32 weights and gradients. Both are given the same numbers and, with `mean`,
-make the same bits. They alternate, one step each, so that other load on the machine hits both.
+make the same bits. They alternate, one step each, so that other load on the machine hits both; 5 ms between two calls,
+since torch's threads look for work for 2.7 ms after each of theirs, on a core that whoever comes next is to use.
 
     python benchmarks/optimizer_step.py [--rounds 50] [--threads 1 2] [--out benchmarks/results/optimizer_step.jsonl]
 
@@ -33,6 +34,7 @@ from karakoram.train.optim.newton_schulz import orthogonalize
 
 SHAPES = ((64, 128, 256), (64, 64, 256))
 ITERATIONS = 5
+QUIET_S = 0.005
 
 
 def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def alternating(calls: dict[str, Callable[[], Tensor | None]], rounds: int) -> d
     times: dict[str, list[Seconds]] = {name: [] for name in calls}
     for _ in range(rounds + 3):
         for name, call in calls.items():
+            time.sleep(QUIET_S)
             began, began_cpu = time.perf_counter(), time.process_time()
             call()
             times[name].append(Seconds(time.perf_counter() - began, time.process_time() - began_cpu))

@@ -3,8 +3,9 @@
     momentum       gradients into the momentum, and what is to be made orthogonal     one pass, torch takes four
     newton_schulz  a few times X ← aX + (bG + cG²)X with G = XXᵀ, for a whole stack    each matrix in one core's cache
     update         decay and step, and how long the step is                           one pass, torch takes five
+    step           all three for the matrices of many weights                         from gradient to weight in one cache
 
-In C++ with AVX-512 BF16; elsewhere, with AMX too, torch's own products. In C++ all three make torch's bits: pairs are
+In C++ with AVX-512 BF16; elsewhere, with AMX too, torch's own products. In C++ all make torch's bits: pairs are
 summed in order, then one float32 scale, one fused addition, one rounding. That is oneDNN's order, found by trying; sums
 longer than 512 are cut as there. `docs/kernels.md` has the numbers.
 
@@ -12,6 +13,7 @@ Legend: n matrices of A rows and B columns; X has the shorter side's number of r
 """
 
 import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +24,7 @@ from karakoram.kernels import reference
 from karakoram.kernels.cpu.library import Library, describe
 from karakoram.kernels.ops import chosen
 
+_RULE = struct.Struct("=5fi")  # k2_muon_rule
 # Beyond these torch sums in another order still, and its products are as large as its cores want them.
 MOST_SHORTER, MOST_LONGER = 512, 1024
 
@@ -90,6 +93,53 @@ def update(weight: Tensor, step: Tensor, keep: float, by: float, implementation:
         _alone(), ctypes.byref(squares),
     )  # fmt: skip
     return torch.tensor(squares.value)
+
+
+def step(
+    weights: Sequence[tuple[Tensor, Tensor, Tensor]],
+    by: Sequence[float],
+    keep: float,
+    steps: Sequence[tuple[float, float, float]],
+    rule: tuple[float, float, bool],
+    shrink: float = 1.0,
+) -> Tensor:
+    """W ← keep·W + by·O of every (gradient, momentum, weight) [.., A, B], O the momentum made orthogonal -> Σ O² each.
+
+    rule    μ, the gradients' scale, and whether Nesterov's: as in `momentum`
+    shrink  norms are taken this much larger
+
+    For weights that `takes` takes, where there is a library; all in one call and one round of the pool's threads.
+    """
+    lib = library("cpu")
+    assert lib is not None
+    mu, scale, nesterov = rule
+    packed = _RULE.pack(mu, 1 - mu, scale, keep, shrink, nesterov)
+    rows, squares = torch.tensor(steps, dtype=torch.float32), torch.empty(len(weights))
+    described = [b"".join(map(describe, tensors)) for tensors in zip(*weights, strict=True)] or [b""] * 3
+    lib.call(
+        "k2_muon_step", packed, describe(rows), ctypes.c_int64(len(weights)), *described,
+        struct.pack(f"{len(by)}f", *by), _alone(), ctypes.c_void_p(squares.data_ptr()),
+    )  # fmt: skip
+    return squares
+
+
+def takes(gradient: Tensor, buffer: Tensor, weight: Tensor) -> bool:
+    """Whether `step` can have this weight: there is a library, it is not too large, its matrices lie in one piece."""
+    shorter, longer = sorted(weight.shape[-2:])
+    return (
+        gradient.dtype in (torch.float32, torch.bfloat16)
+        and buffer.dtype == weight.dtype == torch.float32
+        and all(tensor.is_cpu and tensor.ndim <= 4 and _whole(tensor) for tensor in (gradient, buffer, weight))
+        and shorter <= MOST_SHORTER
+        and longer <= MOST_LONGER
+        and library() is not None
+    )
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether its matrices lie row after row."""
+    columns = tensor.shape[-1]
+    return tensor.stride(-1) == 1 and (tensor.stride(-2) == columns or tensor.shape[-2] == 1)
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -1,6 +1,7 @@
 """Muon's operations against their twins: the same bits, whatever the sizes, threads and neighbours in a stack."""
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from karakoram.errors import InputError
 from karakoram.kernels import muon, ops, reference
 from karakoram.kernels.cpu.library import Library, describe
-from karakoram.train.optim.newton_schulz import SETS
+from karakoram.train.optim.newton_schulz import SETS, orthogonalize
 
 JORDAN = SETS["jordan"].steps
 # 1, 3 and 16 rows more or less than panels, sums of more than 512 products, matrices that are divided among threads
@@ -116,6 +117,97 @@ def test_update_is_the_twins_bit_for_bit() -> None:
         muon.update(ours.mT, step.mT, 0.998, -0.037), reference.update(theirs.mT, step.mT, 0.998, -0.037)
     )
     assert torch.equal(ours, theirs)
+
+
+Weights = list[tuple[Tensor, Tensor, Tensor]]
+# of one call: stacks, halves of a fused tensor, a large one that is divided, one row, one number, standing ones
+TOGETHER = [(3, 24, 72), (2, 2, 40, 24), (200, 300), (1, 16), (1, 1), (72, 24), (5, 33, 47)]
+
+
+def drawn(dtype: torch.dtype = torch.float32, size: float = 1.0) -> Weights:
+    return [((torch.randn(s) * size).to(dtype), torch.randn(s) * size, torch.randn(s)) for s in TOGETHER]
+
+
+def by_twins(
+    weights: Weights, by: list[float], keep: float, name: str, rule: tuple[float, float, bool]
+) -> list[tuple[Tensor, Tensor]]:
+    """Momentum and weight after a step of the twins, operation by operation."""
+    after = []
+    for (gradient, buffer, weight), factor in zip(weights, by, strict=True):
+        buffer, weight = buffer.clone(), weight.clone()
+        direction = reference.momentum(gradient, buffer, rule[0], rule[1], rule[2])
+        with ops.using("scalar"):
+            made = orthogonalize(direction, name)
+        reference.update(weight, made, keep, factor)
+        after.append((buffer, weight))
+    return after
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("jordan", (0.95, 1.0, True)), ("polar_express_5", (0.9, 0.37, False)), ("you", (0.3, 2.0, True))],
+)
+def test_whole_steps_are_the_twins_bit_for_bit(dtype: torch.dtype, name: str, rule: tuple[float, float, bool]) -> None:
+    weights, by = drawn(dtype), [-0.01 * (i + 1) for i in range(len(TOGETHER))]
+    expected = by_twins(weights, by, 0.998, name, rule)
+    squares = muon.step(weights, by, 0.998, SETS[name].steps, rule, SETS[name].shrink)
+    for (_, buffer, weight), after in zip(weights, expected, strict=True):
+        assert torch.equal(buffer, after[0]) and torch.equal(weight, after[1])
+    # jordan's and the others' singular values end between 0.3 and 1.3: Σ O² is near the number of them
+    sides = torch.tensor([float(min(s[-2:]) * math.prod(s[:-2])) for s in TOGETHER])
+    assert bool(((squares > 0.1 * sides) & (squares < 1.5 * sides)).all())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e14])
+def test_whole_steps_of_numbers_whose_squares_vanish_or_overflow(size: float) -> None:
+    weights, by = drawn(size=size), [-0.01] * len(TOGETHER)
+    expected = by_twins(weights, by, 1.0, "jordan", (0.95, 1.0, True))
+    muon.step(weights, by, 1.0, JORDAN, (0.95, 1.0, True))
+    for (_, buffer, weight), after in zip(weights, expected, strict=True):
+        assert torch.equal(buffer, after[0]) and torch.equal(weight, after[1])
+
+
+def test_whole_steps_of_zero_and_of_what_is_no_number_stay_with_their_matrix() -> None:
+    gradient, buffer, weight = (torch.randn(4, 24, 40) for _ in range(3))
+    gradient[0] = buffer[0] = 0
+    gradient[1, 3, 5] = float("nan")
+    gradient[2, 3, 5] = float("inf")
+    expected = by_twins([(gradient[3:], buffer[3:], weight[3:])], [-0.1], 1.0, "jordan", (0.95, 1.0, True))[0]
+    before = weight[0].clone()
+    muon.step([(gradient, buffer, weight)], [-0.1], 1.0, JORDAN, (0.95, 1.0, True))
+    assert torch.equal(weight[0], before) and weight[1].isnan().all() and not weight[2].isfinite().all()
+    assert torch.equal(weight[3:], expected[1])
+
+
+def test_whole_steps_with_one_thread_and_with_two(two_threads: None) -> None:
+    weights, by = drawn(), [-0.01] * len(TOGETHER)
+    alone = [(g, m.clone(), w.clone()) for g, m, w in weights]
+    with ops.using(threads=1):
+        squares = muon.step(alone, by, 0.9, JORDAN, (0.95, 1.0, True))
+    assert torch.equal(muon.step(weights, by, 0.9, JORDAN, (0.95, 1.0, True)), squares)
+    for (_, buffer, weight), (_, buffer_1, weight_1) in zip(weights, alone, strict=True):
+        assert torch.equal(buffer, buffer_1) and torch.equal(weight, weight_1)
+
+
+def test_what_a_whole_step_takes() -> None:
+    gradient, buffer, weight = (torch.zeros(2, 16, 24) for _ in range(3))
+    assert muon.takes(gradient, buffer, weight) and muon.takes(gradient.bfloat16(), buffer, weight)
+    assert not muon.takes(gradient, buffer, weight.bfloat16()) and not muon.takes(gradient.double(), buffer, weight)
+    assert not muon.takes(gradient.mT, buffer.mT, weight.mT)
+    halves = torch.zeros(2, 32, 24).unflatten(1, (2, 16))[:, 0]
+    assert muon.takes(halves, buffer, weight)  # each matrix is in one piece, the stack is not
+    large = torch.zeros(1, 1025)
+    assert not muon.takes(large, large, large)
+    assert muon.step([], [], 1.0, JORDAN, (0.95, 1.0, True)).shape == (0,)
+    for words, tensors in (
+        ("not of one shape", (gradient[:1], buffer, weight)),
+        ("not contiguous", (gradient, buffer, torch.zeros(2, 16, 32)[..., :24])),
+        ("buffer is bfloat16", (gradient, buffer.bfloat16(), weight)),
+        ("has 1 dimensions", (gradient[0, 0], buffer[0, 0], weight[0, 0])),
+    ):
+        with pytest.raises(InputError, match=words):
+            muon.step([tensors], [-0.1], 1.0, JORDAN, (0.95, 1.0, True))
 
 
 def test_passes_with_one_thread_and_with_two(two_threads: None) -> None:

@@ -103,14 +103,42 @@ class Muon:
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float = 1.0) -> None:
         """One update from gradients (any float dtype) multiplied by `scale`; weights without a gradient keep still."""
+        done = self._step_at_once(gradients, learning_rate, scale)
         for names in self._together.values():
-            names = [name for name in names if name in gradients]
+            names = [name for name in names if name in gradients and name not in done]
             for name, orthogonal in zip(names, self._orthogonal(names, gradients, scale), strict=True):
                 keep, squares = 1 - learning_rate * self.weight_decay, list[Tensor]()
                 for view, part in zip(self._views(name, self.weights[name]), orthogonal, strict=True):
                     size = factor(view.shape)
                     squares.append(kernels.update(view, part, keep, -learning_rate * size) * size**2)
                 self._squares[name] = sum(squares[1:], start=squares[0])
+
+    def _step_at_once(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> set[str]:
+        """The step of those weights that one call of `kernels.step` can have, all or nearly all; their names."""
+        if not self.mean or self.dtype != torch.bfloat16 or self.calibrate is not None:
+            return set()
+        views: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for name in (name for name in self.weights if name in gradients):
+            tensors = (gradients[name], self.buffers[name], self.weights[name])
+            of_name = list(zip(*(self._views(name, tensor) for tensor in tensors), strict=True))
+            if all(kernels.takes(*view) for view in of_name):
+                views[name] = of_name
+        if not views:
+            return set()
+        every = [(name, view) for name, of_name in views.items() for view in of_name]
+        chosen, sizes = named(self.coefficients), [factor(view[2].shape) for _, view in every]
+        squares = kernels.step(
+            [view for _, view in every],
+            [-learning_rate * size for size in sizes],
+            1 - learning_rate * self.weight_decay,
+            chosen.steps,
+            (self.momentum, scale, self.nesterov),
+            chosen.shrink,
+        )
+        self._squares |= dict.fromkeys(views, torch.zeros(()))
+        for (name, _), size, one in zip(every, sizes, squares, strict=True):
+            self._squares[name] = self._squares[name] + one * size**2
+        return set(views)
 
     @torch.no_grad()
     def directions(

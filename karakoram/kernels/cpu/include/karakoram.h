@@ -173,6 +173,15 @@ k2_status k2_muon_momentum(const k2_tensor* gradient, k2_tensor* buffer, float m
 k2_status k2_newton_schulz(const k2_tensor* x, const k2_tensor* norms, const k2_tensor* steps, int32_t alone, k2_tensor* out);
 // weight f32 [n] ← keep · weight + by · update bf16 [n]; squares: Σ update²
 k2_status k2_muon_update(k2_tensor* weight, const k2_tensor* update, float keep, float by, int32_t alone, float* squares);
+// All of that for matrices of many weights, each from its gradient to its weight in one core's cache: gradients, buffers and
+// weights are `count` tensors each [.., A, B] of 2 to 4 dimensions whose matrices are contiguous. weight ← keep · weight + by · O,
+// O the steps on the bf16 momentum over `shrink` times its norm, as bf16; by and squares (Σ O²) f32 [count].
+typedef struct {
+  float momentum, new_share, scale, keep, shrink;
+  int32_t nesterov;
+} k2_muon_rule;
+k2_status k2_muon_step(const k2_muon_rule* rule, const k2_tensor* steps, int64_t count, const k2_tensor* gradients,
+                       const k2_tensor* buffers, const k2_tensor* weights, const float* by, int32_t alone, float* squares);
 
 // Sum of a buffer's bytes with the widest loads of the chosen instruction set: the reader of `k2 bench memory`.
 k2_status k2_read(const k2_tensor* buffer, uint64_t* sum);

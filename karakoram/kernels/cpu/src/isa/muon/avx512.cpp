@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace k2 {
@@ -213,6 +214,26 @@ void momentum(const MomentumRule& rule, const float* gradient, const uint16_t* g
   }
 }
 
+float norm(const uint16_t* x, int64_t n) {
+  __m256 sums = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i in = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    const __m256 v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(in), 16));
+    sums = _mm256_fmadd_ps(v, v, sums);  // squares of bf16 numbers are exact: one rounding, as with mul and add
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, sums);
+  for (int lane = 1; lane < 8; lane++) lanes[0] += lanes[lane];
+  for (; i < n; i++) {
+    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    lanes[0] += v * v;
+  }
+  return std::sqrt(lanes[0]);
+}
+
 float update(float* w, const uint16_t* update, float keep, float by, int64_t n) {
   const __m512 kept = _mm512_set1_ps(keep), times = _mm512_set1_ps(by);
   __m512 squares = _mm512_setzero_ps();
@@ -229,7 +250,7 @@ float update(float* w, const uint16_t* update, float keep, float by, int64_t n) 
 }  // namespace
 
 extern "C" const Muon* k2_muon_avx512() {
-  static const Muon kTable = {load, gram, mix, apply, store, momentum, update};
+  static const Muon kTable = {load, gram, mix, apply, store, momentum, norm, update};
   return &kTable;
 }
 

@@ -1,5 +1,5 @@
-// What an instruction set brings for Muon: Newton-Schulz steps on parts of one matrix, and the two passes over all numbers before
-// and after them. What a step is, and who does which part, is written once in ../../newton_schulz.cpp and ../../muon.cpp.
+// What an instruction set brings for Muon: Newton-Schulz steps on parts of one matrix, and the passes over all numbers before and
+// after them. What a step is, and who does which part, is written once in ../../newton_schulz.hpp, ../../muon.cpp, ../../muon_step.cpp.
 //
 // A matrix X [A, B] is padded with zeros to multiples of 16 and lies in memory twice, in panels of 16:
 //   columns  panel of 16 columns: per pair of rows 16 lanes, lane n = (X[2k, n], X[2k + 1, n])
@@ -34,6 +34,8 @@ struct Muon {
   // Momentum in place -> what is to be made orthogonal; torch's `lerp`, bit for bit.
   void (*momentum)(const MomentumRule& rule, const float* gradient, const uint16_t* gradient_bf16, int64_t n, float* buffer,
                    uint16_t* out);
+  // Frobenius, unrounded, in the order in which torch sums bf16: eight sums, then one after the other
+  float (*norm)(const uint16_t* x, int64_t n);
   // w ← keep·w + by·update -> Σ update²
   float (*update)(float* w, const uint16_t* update, float keep, float by, int64_t n);
 };
