@@ -3,7 +3,7 @@
     momentum       gradients into the momentum, and what is to be made orthogonal     one pass, torch takes four
     newton_schulz  a few times X ← aX + (bG + cG²)X with G = XXᵀ, for a whole stack    each matrix in one core's cache
     update         decay and step, and how long the step is                           one pass, torch takes five
-    step           all three for the matrices of many weights                         from gradient to weight in one cache
+    step           all three, for the matrices of many weights                        from gradient to weight in one go
 
 In C++ with AVX-512 BF16; elsewhere, with AMX too, torch's own products. In C++ all make torch's bits: pairs are
 summed in order, then one float32 scale, one fused addition, one rounding. That is oneDNN's order, found by trying; sums

@@ -19,11 +19,12 @@ ROWS = 1024  # 1,024 × 4,096 float32 logits are 17 MB: within the last-level ca
 
 
 def head_loss(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, slice_loss: "SliceLoss") -> Tensor:
-    """Σ weight · −log p(target), a scalar; differentiable in x and head.
+    """Σ weight · −log p(target), a scalar; differentiable in x and, if it asks for it, head.
 
     `slice_loss` is `loss_and_gradient` or a compiled twin of it.
     """
-    return _HeadLoss.apply(x_ND, head_VD, targets_N, weights_N, slice_loss)  # pyright: ignore[reportReturnType]
+    learns = torch.is_grad_enabled() and head_VD.requires_grad
+    return _HeadLoss.apply(x_ND, head_VD, targets_N, weights_N, slice_loss, learns)  # pyright: ignore[reportReturnType]
 
 
 SliceLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -46,20 +47,28 @@ def loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, slice_loss: SliceLoss
+        ctx: Any,
+        x_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        slice_loss: SliceLoss,
+        learns: bool,
     ) -> Tensor:
-        grad_x, grad_head = torch.empty_like(x_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        grad_x = torch.empty_like(x_ND)
+        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), ROWS):
             rows = slice(start, start + ROWS)
             loss, grad_NV = slice_loss(product(x_ND[rows], head_VD.t()), targets_N[rows], weights_N[rows])
             total += loss
             grad_x[rows] = product(grad_NV, head_VD)
-            grad_head += product(grad_NV.t(), x_ND[rows])
-        ctx.save_for_backward(grad_x, grad_head.to(head_VD.dtype))
+            if grad_head is not None:
+                grad_head += product(grad_NV.t(), x_ND[rows])
+        ctx.save_for_backward(grad_x, None if grad_head is None else grad_head.to(head_VD.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], grad_head * grads[0], None, None, None
+        return grad_x * grads[0], None if grad_head is None else grad_head * grads[0], None, None, None, None

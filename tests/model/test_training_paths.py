@@ -219,6 +219,14 @@ def test_experts_that_share_a_call_get_what_they_get_alone(rows: list[int], dtyp
     assert all(not got[1][expert].any() for expert, count in enumerate(rows) if not count)
 
 
+def test_frozen_experts_get_no_gradient() -> None:
+    x, weight = leaves((sum(ROWS_OF_EXPERTS), 32), (len(ROWS_OF_EXPERTS), 24, 32))
+    both = torch.autograd.grad(grouped_linear(x, weight, ROWS_OF_EXPERTS).sum(), (x, weight))
+    of_x = torch.autograd.grad(grouped_linear(x, weight.detach(), ROWS_OF_EXPERTS).sum(), x)
+    of_w = torch.autograd.grad(grouped_linear(x.detach(), weight, ROWS_OF_EXPERTS).sum(), weight)
+    assert torch.equal(of_x[0], both[0]) and torch.equal(of_w[0], both[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     """Of experts, and of attention in bfloat16; MKL splits attention's float32 products by threads."""

@@ -34,6 +34,16 @@ def test_value_and_gradients_are_those_of_cross_entropy(rows: int) -> None:
         assert torch.allclose(mine.double(), theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
+def test_a_frozen_head_gets_no_gradient() -> None:
+    x_ND, head_VD, targets_N, weights_N = _inputs(64, torch.float32)
+    head_loss(x_ND, head_VD, targets_N, weights_N, loss_and_gradient).backward()
+    expected, x_ND.grad = x_ND.grad, None
+    head_VD = head_VD.detach()
+    head_loss(x_ND, head_VD, targets_N, weights_N, loss_and_gradient).backward()
+    assert head_VD.grad is None and x_ND.grad is not None and expected is not None
+    assert torch.equal(x_ND.grad, expected)
+
+
 def test_rows_without_weight_have_no_gradient() -> None:
     x_ND, head_VD, targets_N, weights_N = _inputs(64, torch.float32)
     head_loss(x_ND, head_VD, targets_N, weights_N, loss_and_gradient).backward()

@@ -12,6 +12,7 @@ Legend: N tokens, K experts per token, S = N·K slots, M ≥ S rows, D hidden, X
 """
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -187,15 +188,23 @@ class _GroupedLinear(torch.autograd.Function):
         return y_MY
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x_MX, weight_EYX), plan = ctx.saved_tensors, ctx.plan
         grad_MY = grads[0].contiguous()
-        grad_x_MX, grad_w_EYX = torch.empty_like(x_MX), torch.zeros_like(weight_EYX)
-        runs, places = (plan.runs(rows) for rows in (x_MX, grad_MY, grad_x_MX)), plan.places(grad_w_EYX)
-        for x_bRX, grad_bRY, grad_x_bRX, w_bYX, grad_w_bYX in zip(*runs, plan.matrices(weight_EYX), places):
-            products(grad_bRY, w_bYX, grad_x_bRX, plan.filled)
-            products(grad_bRY.mT, x_bRX, grad_w_bYX, plan.filled)
-        return grad_x_MX, plan.by_expert(grad_w_EYX), None
+        wants_x, wants_w = ctx.needs_input_grad[:2]  # experts may be frozen, and their gradients as large as themselves
+        grad_x_MX = torch.empty_like(x_MX) if wants_x else None
+        grad_w_EYX = torch.zeros_like(weight_EYX) if wants_w else None
+        to_x = plan.runs(grad_x_MX) if grad_x_MX is not None else repeat(None)
+        to_w = plan.places(grad_w_EYX) if grad_w_EYX is not None else repeat(None)
+        given = plan.runs(x_MX), plan.runs(grad_MY), plan.matrices(weight_EYX)
+        for x_bRX, grad_bRY, w_bYX, grad_x_bRX, grad_w_bYX in zip(*given, to_x, to_w):
+            if grad_x_bRX is not None:
+                products(grad_bRY, w_bYX, grad_x_bRX, plan.filled)
+            if grad_w_bYX is not None:
+                products(grad_bRY.mT, x_bRX, grad_w_bYX, plan.filled)
+        if grad_w_EYX is not None:
+            grad_w_EYX = plan.by_expert(grad_w_EYX)
+        return grad_x_MX, grad_w_EYX, None
 
 
 class _Plan:

@@ -29,6 +29,8 @@ def qk_clip(
 ) -> int:
     """Edit the masters in place from `max_logits` (layer -> [H]); returns how many heads of all layers were clipped.
 
+    A layer whose projections are not among the masters, being frozen or adapted, stays as it is and is not counted.
+
     rows  weight -> which rows of the whole matrix `weights` holds; all of them where it is not named
     """
     clipped = 0
@@ -36,11 +38,11 @@ def qk_clip(
     for layer, largest_H in max_logits.items():
         gamma_H = gammas(largest_H, threshold)
         hot = int((gamma_H < 1).sum())
-        if not hot:
+        names = [f"model.layers.{layer}.self_attn.{kind}" for kind in (query, "kv_b_proj.weight")]
+        if not hot or any(name not in weights for name in names):
             continue
         clipped += hot
-        for kind, factors in zip((query, "kv_b_proj.weight"), row_factors(gamma_H, config), strict=True):
-            name = f"model.layers.{layer}.self_attn.{kind}"
+        for name, factors in zip(names, row_factors(gamma_H, config), strict=True):
             weight = weights[name]
             held = rows[name] if rows and name in rows else slice(None)
             weight.mul_(factors[held, None].to(weight))

@@ -105,6 +105,16 @@ def test_below_the_threshold_nothing_changes() -> None:
     assert all(torch.equal(w, before[name]) for name, w in masters.weights.items())
 
 
+def test_a_layer_whose_projections_are_not_trained_stays_as_it_is() -> None:
+    model, masters = _model(32)
+    trained = {name: w for name, w in masters.weights.items() if ".0.self_attn.q_b_proj" not in name}
+    before = {name: w.clone() for name, w in trained.items()}
+    logits = {layer: torch.tensor([200.0, 99.0, 300.0, -5.0]) for layer in (0, 1)}
+    assert qk_clip(trained, logits, model.config, 100.0) == 2
+    changed = {name for name, w in trained.items() if not torch.equal(w, before[name])}
+    assert changed == {f"model.layers.1.self_attn.{kind}_proj.weight" for kind in ("q_b", "kv_b")}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("q_lora_rank", [32, None], ids=["q_lora", "plain_query"])
 def test_logits_are_gamma_times_what_they_were(
