@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from karakoram.errors import KarakoramError
-from karakoram.kernels import muon, ops, packed, reference
+from karakoram.kernels import causal, muon, ops, packed, reference
 from karakoram.kernels.cpu.library import Library, describe, describe_packed
 from karakoram.kernels.layer import DecoderLayer, Stack
+from karakoram.model.backward.causal import causal_attention
 from tests.kernels import drawn
 from tests.kernels.drawn_layer import SHAPES, Pass, clearly_routed, drawn_layer, drawn_pass, layers_near
 
@@ -124,6 +125,30 @@ def optimizer() -> None:
         expected = reference.momentum(gradient, weight.clone(), 0.9, 1.0, True)
         near(muon.momentum(gradient, weight, 0.9), expected)
         muon.update(weight, stack, 0.9, 0.1)
+    parts = [
+        tuple(torch.randn(shape) for _ in range(3))
+        for shape in ((2, 2, 33, 17), (1, 1), (130, 200), (40, 7), (3, 64, 64))
+    ]
+    whole = [(g, m.clone(), w.clone()) for g, m, w in parts]
+    muon.step(whole, [-0.1] * len(parts), 0.9, ((3.4445, -4.7750, 2.0315),), (0.9, 1.0, True))
+    for (gradient, buffer, _), (_, after, _) in zip(parts, whole, strict=True):
+        near(after, buffer.lerp(gradient, 0.1))
+
+
+def training_attention() -> None:
+    if causal.library() is None:
+        return
+    for B, H, T, X, V in ((1, 1, 1, 16, 16), (2, 3, 15, 48, 32), (1, 2, 65, 32, 80), (1, 1, 130, 16, 16)):
+        q, k, v, gradient = (torch.randn(B, T, H, width).bfloat16().transpose(1, 2) for width in (X, X, V, V))
+        spans = [(row, *ends) for row in range(B) for ends in ((0, T // 3), (T // 3, T)) if ends[0] < ends[1]]
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        found = causal_attention(q, k, v, 0.2, spans)
+        ours = torch.autograd.grad(found, (q, k, v), gradient)
+        with ops.using("scalar"):
+            expected = causal_attention(q, k, v, 0.2, spans)
+        near(found.detach(), expected.detach())
+        for mine, theirs in zip(ours, torch.autograd.grad(expected, (q, k, v), gradient), strict=True):
+            assert (mine.float() - theirs.float()).norm() <= 0.02 * theirs.float().norm() + 1e-6
 
 
 def refusals() -> None:
@@ -153,6 +178,7 @@ def main() -> None:
             layers()
             norms()
             optimizer()
+            training_attention()
             refusals()
     print("all done on", *lib.isas())
 

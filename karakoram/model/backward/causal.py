@@ -7,6 +7,9 @@ tokens: a third of the time). The probabilities are kept for the backward: about
 t tokens, which is right for training lengths up to a few thousand tokens. Documents packed into one row cost their own
 squares, not the row's.
 
+With AVX-512 BF16 and widths that are multiples of 16 one call in C++ does all of this, keeps no probabilities, and takes
+two thirds of the time (`kernels/causal.py`); `_CausalAttention` here is its twin.
+
 Legend: B batch, H heads, T tokens, X key width, V value width, t tokens of one document, q queries of a block, s keys
 up to its last.
 """
@@ -16,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from karakoram.kernels import causal as kernels
 
 Span = tuple[int, int, int]  # row, first token, token behind the last: who attends to one another
 # Queries of a block: fewer save more of the future, more make larger products. Forward + backward of 8 rows of 512
@@ -39,7 +44,27 @@ def causal_attention(
     """
     if spans is None:
         spans = [(row, 0, q_BHTX.shape[2]) for row in range(q_BHTX.shape[0])]
+    if kernels.takes(q_BHTX, k_BHTX, v_BHTV):
+        return _Fused.apply(q_BHTX, k_BHTX, v_BHTV, scale, spans, largest_H)  # pyright: ignore[reportReturnType]
     return _CausalAttention.apply(q_BHTX, k_BHTX, v_BHTV, scale, spans, largest_H)  # pyright: ignore[reportReturnType]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Sequence[Span], largest_H: Tensor | None
+    ) -> Tensor:
+        out, stats, of_heads_H = kernels.forward(q, k, v, scale, spans)
+        if largest_H is not None:
+            largest_H.copy_(of_heads_H)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.scale, ctx.spans = scale, spans
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, stats = ctx.saved_tensors
+        return (*kernels.backward(q, k, v, ctx.scale, ctx.spans, out, stats, grads[0]), None, None, None)
 
 
 class _CausalAttention(torch.autograd.Function):

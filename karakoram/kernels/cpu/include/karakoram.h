@@ -183,6 +183,17 @@ typedef struct {
 k2_status k2_muon_step(const k2_muon_rule* rule, const k2_tensor* steps, int64_t count, const k2_tensor* gradients,
                        const k2_tensor* buffers, const k2_tensor* weights, const float* by, int32_t alone, float* squares);
 
+// Causal attention for training, where k2_causal_here says 1; elsewhere K2_NO_ISA. q, k bf16 [B, H, T, X], v and out bf16
+// [B, H, T, V], X and V multiples of 16; spans i64 [n, 3]: row, first token, token behind the last of documents that see only
+// themselves. stats f32 [B, H, T, 2], written for the backward pass: a token's largest logit m and 1 / Σ exp(logit − m); largest
+// f32 [H]: the largest logit of all. Tokens in no span are not written.
+int k2_causal_here(void);
+k2_status k2_causal_forward(const k2_tensor* q, const k2_tensor* k, const k2_tensor* v, const k2_tensor* spans, float scale,
+                            int32_t alone, k2_tensor* stats, k2_tensor* largest, k2_tensor* out);
+k2_status k2_causal_backward(const k2_tensor* q, const k2_tensor* k, const k2_tensor* v, const k2_tensor* spans, float scale,
+                             int32_t alone, const k2_tensor* stats, const k2_tensor* out, const k2_tensor* grad_out,
+                             k2_tensor* grad_q, k2_tensor* grad_k, k2_tensor* grad_v);
+
 // Sum of a buffer's bytes with the widest loads of the chosen instruction set: the reader of `k2 bench memory`.
 k2_status k2_read(const k2_tensor* buffer, uint64_t* sum);
 

@@ -64,6 +64,7 @@ struct Kernels {
   void (*add_bf16)(uint16_t* x, const uint16_t* y, int64_t n);  // x += y, rounded
   uint64_t (*read)(const uint64_t* words, int64_t n);
   const struct Muon* muon;  // null where torch's products are as fast
+  const struct Causal* causal;  // likewise
 };
 
 // One per object file; null where it was not compiled for this processor family.
