@@ -7,8 +7,8 @@ tokens: a third of the time). The probabilities are kept for the backward: about
 t tokens, which is right for training lengths up to a few thousand tokens. Documents packed into one row cost their own
 squares, not the row's.
 
-With AVX-512 BF16 and widths that are multiples of 16 one call in C++ does all of this, keeps no probabilities, and takes
-two thirds of the time (`kernels/causal.py`); `_CausalAttention` here is its twin.
+With AVX-512 BF16 and widths that are multiples of 16 one call in C++ does all of this in two thirds of the time and
+keeps no probabilities (`kernels/causal.py`); `_CausalAttention` here is its twin.
 
 Legend: B batch, H heads, T tokens, X key width, V value width, t tokens of one document, q queries of a block, s keys
 up to its last.
@@ -39,8 +39,8 @@ def causal_attention(
     """softmax(q·kᵀ·scale, causal) · v -> [B, H, T, V], differentiable; softmax in float32, rounded to v's dtype.
 
     spans      documents within the rows, which together cover them; None: each row is one
-    largest_H  float32 [H], written: the largest logit of each head, 0 where bfloat16 ones are all negative (one more
-               pass over scores that are in the cache)
+    largest_H  float32 [H], written: the largest logit of each head; from torch's products in bfloat16, 0 where all are
+               negative (one more pass over scores that are in the cache)
     """
     if spans is None:
         spans = [(row, 0, q_BHTX.shape[2]) for row in range(q_BHTX.shape[0])]
