@@ -16,13 +16,14 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace k2 {
 namespace {
 
 constexpr int64_t kSide = 16, kLanes = 2 * kSide;  // numbers of a pair's vector
 constexpr int kAcross = 3;                          // panels of queries at once
-constexpr int64_t kKeys = 32;                       // of a block in the backward pass
+constexpr int64_t kKeys = 32, kQueries = 96;        // of a block in the backward pass: all that it touches is some 60 KB
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
@@ -127,6 +128,13 @@ struct Room {
   }
 };
 
+// work(1, 2 or 3 panels as a constant).
+template <class Work>
+void by_count(int64_t left_over, const Work& work) {
+  left_over >= 3 ? work(std::integral_constant<int, 3>())
+                 : left_over == 2 ? work(std::integral_constant<int, 2>()) : work(std::integral_constant<int, 1>());
+}
+
 struct Forward {
   const CausalHead& h;
   int64_t panels;  // of tokens
@@ -219,21 +227,20 @@ struct Forward {
     by_tokens(h.q, h.tokens, h.width, panels, queries);
     by_channels(h.v, h.tokens, h.value_width, panels * kSide, values);
     __m512 largest = _mm512_set1_ps(-kInfinity);
-    for (int64_t first = 0; first < panels; first += kAcross) {
-      const int64_t left = panels - first;
-      left >= 3 ? take<3>(first, &largest) : left == 2 ? take<2>(first, &largest) : take<1>(first, &largest);
-    }
+    for (int64_t first = 0; first < panels; first += kAcross)
+      by_count(panels - first, [&](auto across) { take<decltype(across)::value>(first, &largest); });
     return _mm512_reduce_max_ps(largest);
   }
 };
 
 struct Backward {
   const CausalHead& h;
-  int64_t panels, padded;  // panels of queries; tokens up to whole blocks of keys
-  uint16_t *keys, *values, *queries, *grads;     // by tokens
-  uint16_t *query_rows, *grad_rows, *key_rows;   // by channels
-  uint16_t *p, *ds, *ds_pairs, *rows;
-  float *m, *inverse, *d, *grad_q;
+  int64_t panels, padded;                       // panels of queries; tokens up to whole blocks of keys
+  uint16_t *keys, *values, *queries, *grads;    // by tokens
+  uint16_t *query_rows, *grad_rows, *key_rows;  // by channels
+  uint16_t *p, *ds, *ds_pairs, *rows;           // of one block of keys and one of queries
+  float *m, *inverse, *d;                       // of each query
+  float *grad_q, *grad_k, *grad_v;              // transposed, of all queries; of a block of keys
 
   Backward(const CausalHead& head, Room room) : h(head), panels(panels_of(h.tokens)) {
     padded = (h.tokens + kKeys - 1) / kKeys * kKeys;
@@ -244,14 +251,16 @@ struct Backward {
     query_rows = room.take<uint16_t>(padded * h.width);
     grad_rows = room.take<uint16_t>(padded * h.value_width);
     key_rows = room.take<uint16_t>(padded * h.width);
-    p = room.take<uint16_t>(kKeys * padded);
-    ds = room.take<uint16_t>(kKeys * padded);
-    ds_pairs = room.take<uint16_t>(kAcross * kKeys * kSide);
+    p = room.take<uint16_t>(kKeys * kQueries);
+    ds = room.take<uint16_t>(kKeys * kQueries);
+    ds_pairs = room.take<uint16_t>(kKeys * kQueries);
     rows = room.take<uint16_t>(kSide * h.width);
     m = room.take<float>(padded);
     inverse = room.take<float>(padded);
     d = room.take<float>(padded);
     grad_q = room.take<float>(padded * h.width);
+    grad_k = room.take<float>(kKeys * h.width);
+    grad_v = room.take<float>(kKeys * h.value_width);
   }
 
   // Σ dO ∘ O of each token, and what the forward kept; tokens that are not there have probability 0.
@@ -276,14 +285,15 @@ struct Backward {
     memset(grad_q, 0, static_cast<size_t>(padded * h.width) * sizeof(float));
   }
 
-  // Of 32 keys from panel `block` on and P panels of queries from panel `first` on: p, ds, and what ds adds to grad_q.
+  // p and ds of a block of keys (of panel `block` on) and P panels of queries from panel `first` on, which are panels `at` on of
+  // the block of queries.
   template <int P>
-  void take(int64_t block, int64_t first) const {
+  void differentiate(int64_t block, int64_t first, int64_t at) const {
     const int64_t panel = h.width * kSide, value_panel = h.value_width * kSide;
-    const int64_t queries_here = (panels - block) * kSide, at = (first - block) * kSide;
     const __m512 scale = _mm512_set1_ps(h.scale);
     for (int64_t key = 0; key < kKeys; key += 8) {
       const int64_t kp = block + key / kSide, in_panel = key % kSide;
+      uint16_t *p_here = p + key * kQueries + at * kSide, *ds_here = ds + key * kQueries + at * kSide;
       __m512 sum[8][P];
       clear(sum);
       add_products(keys + kp * panel + 2 * in_panel, 2, kLanes, queries + first * panel, panel, h.width / 2, sum);
@@ -298,8 +308,7 @@ struct Backward {
             const unsigned seen = kp > first + p ? 0 : 0xFFFFu << (in_panel + r);
             e = _mm512_maskz_mov_ps(static_cast<__mmask16>(seen), e);
           }
-          uint16_t* out = this->p + (key + r) * queries_here + at + p * kSide;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(e));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(p_here + r * kQueries + p * kSide), narrow(e));
         }
       clear(sum);
       add_products(values + kp * value_panel + 2 * in_panel, 2, kLanes, grads + first * value_panel, value_panel,
@@ -309,69 +318,90 @@ struct Backward {
 #pragma GCC unroll 3
         for (int p = 0; p < P; p++) {
           const __m512 d_q = _mm512_loadu_ps(d + (first + p) * kSide);
-          const int64_t place = (key + r) * queries_here + at + p * kSide;
+          const int64_t place = r * kQueries + p * kSide;
           const auto of_row = [&](int odd) {
-            const __m512 share = _mm512_mul_ps(widen(this->p + place + odd * queries_here), scale);
-            return _mm512_mul_ps(share, _mm512_sub_ps(sum[r + odd][p], d_q));
+            const __m512 share = _mm512_mul_ps(widen(p_here + place + odd * kQueries), scale);
+            return narrow(_mm512_mul_ps(share, _mm512_sub_ps(sum[r + odd][p], d_q)));
           };
-          const __m256i even = narrow(of_row(0)), odd = narrow(of_row(1));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + place), even);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + place + queries_here), odd);
+          const __m256i even = of_row(0), odd = of_row(1);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_here + place), even);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_here + place + kQueries), odd);
           const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-          _mm512_storeu_si512(ds_pairs + p * kKeys * kSide + (key + r) * kSide, both);
+          _mm512_storeu_si512(ds_pairs + (at + p) * kKeys * kSide + (key + r) * kSide, both);
         }
-    }
-    for (int64_t c = 0; c < h.width; c += 8) {
-      __m512 sum[8][P];
-      float* to = grad_q + c * padded + first * kSide;
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) sum[r][p] = _mm512_loadu_ps(to + r * padded + p * kSide);
-      const uint16_t* left = key_rows + c / kSide * padded * kSide + block * kSide * kSide + 2 * (c % kSide);
-      add_products(left, 2, kLanes, ds_pairs, kKeys * kSide, kKeys / 2, sum);
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) _mm512_storeu_ps(to + r * padded + p * kSide, sum[r][p]);
     }
   }
 
-  // Rows of keys · channels: Σ over the queries that see the block.
+  // grad_q of P panels of queries += what the block's ds says.
   template <int P>
-  void sum_queries(int64_t block, const uint16_t* left, const uint16_t* right, int64_t channel, const HeadRows& out) const {
-    const int64_t queries_here = (panels - block) * kSide, stride = padded * kSide;
-    for (int64_t key = 0; key < kKeys; key += 8) {
-      __m512 sum[8][P];
-      clear(sum);
-      add_products(left + key * queries_here, queries_here, 2, right + channel / kSide * stride + block * kSide * kSide, stride,
-                   queries_here / 2, sum);
-      for (int r = 0; r < 8 && block * kSide + key + r < h.tokens; r++)
-        for (int p = 0; p < P; p++) {
-          uint16_t* to = out.data + (block * kSide + key + r) * out.step + channel + p * kSide;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(sum[r][p]));
-        }
+  void add_to_queries(int64_t block, int64_t first, int64_t at) const {
+    for (int64_t c = 0; c < h.width; c += 8) {
+      const uint16_t* left = key_rows + c / kSide * padded * kSide + block * kSide * kSide + 2 * (c % kSide);
+      add_into<P>(left, 2, kLanes, ds_pairs + at * kKeys * kSide, kKeys * kSide, kKeys / 2,
+                  grad_q + c * padded + first * kSide, padded);
     }
   }
 
-  void sum_all(int64_t block, const uint16_t* left, const uint16_t* right, int64_t width, const HeadRows& out) const {
+  // 8 rows of P panels in memory += products.
+  template <int P>
+  void add_into(const uint16_t* left, int64_t row, int64_t pair, const uint16_t* right, int64_t stride, int64_t pairs, float* out,
+                int64_t step) const {
+    __m512 sum[8][P];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+#pragma GCC unroll 3
+      for (int p = 0; p < P; p++) sum[r][p] = _mm512_loadu_ps(out + r * step + p * kSide);
+    add_products(left, row, pair, right, stride, pairs, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+#pragma GCC unroll 3
+      for (int p = 0; p < P; p++) _mm512_storeu_ps(out + r * step + p * kSide, sum[r][p]);
+  }
+
+  // [keys, width] += left [keys, a block's queries] · right, by channels.
+  void add_to_keys(const uint16_t* left, int64_t queries_here, const uint16_t* right, int64_t width, float* out) const {
+    const int64_t stride = padded * kSide;
     for (int64_t c = 0; c < width; c += kAcross * kSide) {
+      const uint16_t* from = right + c / kSide * stride;
       const int64_t left_over = (width - c) / kSide;
-      left_over >= 3 ? sum_queries<3>(block, left, right, c, out)
-                     : left_over == 2 ? sum_queries<2>(block, left, right, c, out) : sum_queries<1>(block, left, right, c, out);
+      for (int64_t key = 0; key < kKeys; key += 8) {
+        const auto add = [&](auto count) {
+          add_into<decltype(count)::value>(left + key * kQueries, kQueries, 2, from, stride, queries_here / 2,
+                                           out + key * width + c, width);
+        };
+        by_count(left_over, add);
+      }
     }
+  }
+
+  void take(int64_t block) const {
+    memset(grad_k, 0, static_cast<size_t>(kKeys * h.width) * sizeof(float));
+    memset(grad_v, 0, static_cast<size_t>(kKeys * h.value_width) * sizeof(float));
+    for (int64_t first = block; first < panels; first += kQueries / kSide) {
+      const int64_t count = std::min(kQueries / kSide, panels - first);
+      for (int64_t at = 0; at < count; at += kAcross)
+        by_count(count - at, [&](auto across) {
+          differentiate<decltype(across)::value>(block, first + at, at);
+          add_to_queries<decltype(across)::value>(block, first + at, at);
+        });
+      const int64_t here = first * kSide * kSide;  // of a panel by channels
+      add_to_keys(p, count * kSide, grad_rows + here, h.value_width, grad_v);
+      add_to_keys(ds, count * kSide, query_rows + here, h.width, grad_k);
+    }
+    store(block, grad_k, h.width, h.grad_k);
+    store(block, grad_v, h.value_width, h.grad_v);
+  }
+
+  void store(int64_t block, const float* from, int64_t width, const HeadRows& out) const {
+    for (int64_t key = 0; key < kKeys && block * kSide + key < h.tokens; key++)
+      for (int64_t c = 0; c < width; c += kSide)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.data + (block * kSide + key) * out.step + c),
+                            narrow(_mm512_loadu_ps(from + key * width + c)));
   }
 
   void run() const {
     prepare();
-    for (int64_t block = 0; block < panels; block += kKeys / kSide) {
-      for (int64_t first = block; first < panels; first += kAcross) {
-        const int64_t left = panels - first;
-        left >= 3 ? take<3>(block, first) : left == 2 ? take<2>(block, first) : take<1>(block, first);
-      }
-      sum_all(block, p, grad_rows, h.value_width, h.grad_v);
-      sum_all(block, ds, query_rows, h.width, h.grad_k);
-    }
+    for (int64_t block = 0; block < panels; block += kKeys / kSide) take(block);
     for (int64_t first = 0; first < h.tokens; first += kSide) {
       for (int64_t c = 0; c < h.width; c += 2) {
         const float* from = grad_q + c * padded + first;
@@ -390,9 +420,8 @@ int64_t forward_bytes(int64_t tokens, int64_t width, int64_t value_width) {
 }
 
 int64_t backward_bytes(int64_t tokens, int64_t width, int64_t value_width) {
-  const int64_t n = (tokens + kKeys - 1) / kKeys * kKeys;
-  const int64_t per_token = 2 * (4 * width + 3 * value_width) + 2 * 2 * kKeys + 4 * 3 + 4 * width;
-  return n * per_token + 2 * kSide * (kAcross * kKeys + width) + kSlack;
+  const int64_t n = (tokens + kKeys - 1) / kKeys * kKeys, per_token = 2 * (4 * width + 3 * value_width) + 4 * (3 + width);
+  return n * per_token + kKeys * (3 * 2 * kQueries + 4 * (width + value_width)) + 2 * kSide * width + kSlack;
 }
 
 float forward(const CausalHead& head, void* room) { return Forward(head, Room{static_cast<char*>(room)}).run(); }
