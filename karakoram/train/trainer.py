@@ -13,14 +13,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from karakoram.distributed.collectives import gradient_norm, share
-from karakoram.distributed.fsdp import gather_anew, split
-from karakoram.distributed.layout import local
+from karakoram.distributed.fsdp import gather_anew
 from karakoram.distributed.mesh import Alone, Ranks
 from karakoram.errors import TrainingError
 from karakoram.model.cost import flops_per_token
@@ -28,32 +27,20 @@ from karakoram.model.documents import Documents
 from karakoram.model.transformer import Transformer
 from karakoram.model.watch import Watch
 from karakoram.train import balance
-from karakoram.train.checkpoints.export import write_model
-from karakoram.train.checkpoints.run import Checkpoints
 from karakoram.train.config import TrainConfig
 from karakoram.train.data.batches import Batch
-from karakoram.train.fuse import fuse, recompute
-from karakoram.train.guard import Guard
-from karakoram.train.initialize import biases_of, copy_weights, initialize
+from karakoram.train.fuse import fuse
 from karakoram.train.loss import head_loss, loss_and_gradient
 from karakoram.train.machine import StopOnSignal, matmul_flops_per_s
-from karakoram.train.masters import Masters
-from karakoram.train.optim.assign import optimizers, update_rms
+from karakoram.train.optim.assign import update_rms
 from karakoram.train.optim.qk_clip import qk_clip
 from karakoram.train.optim.schedule import decay_share, rate_share
 from karakoram.train.record.directory import open_run, settings_of
 from karakoram.train.record.metrics import Metrics, Sink
+from karakoram.train.run_state import BatchSource, RunState
 
 EXPENSIVE_EVERY = 10  # steps between the numbers that cost a pass over the weights: update RMS, entropy, loads
 LOADS_EVERY = 50
-
-
-class BatchSource(Protocol):
-    """Batches by number, the same for the same number; `rank` of `world` gets its own rows of it."""
-
-    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
-        """Number counts from 0."""
-        ...
 
 
 Objective = Callable[[Transformer, Tensor, Batch, Tensor], Tensor]
@@ -83,8 +70,8 @@ def train(
         return trainer.run(quiet)
 
 
-class Trainer:
-    """Everything of a run in memory; who makes one holds the directory by `open_run`.
+class Trainer(RunState):
+    """A run that goes on, step by step; who makes one holds the directory by `open_run`.
 
     files      written into every checkpoint: the tokenizer and the like
     compiled   let torch.compile fuse the small pieces where it can (about a minute at the first step)
@@ -108,28 +95,15 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         ranks: Alone | Ranks | None = None,
     ) -> None:
-        self.config, self.batches, self.out, self.files, self.compiled = config, batches, out, files, compiled
-        self.held_out, self.objective, self.sinks = held_out, objective, sinks
-        self.ranks = ranks or Alone()
-        self.model = model or initialize(Transformer(config.model, dtype=dtype), config.seed)
-        self.model.to(self.ranks.device)
-        if config.recompute:
-            recompute(self.model)
-        self.layouts = split(self.model, self.ranks)
-        self.masters = Masters(self.model)
-        self.muon, self.adamw = optimizers(self.masters.weights, config, self.layouts, self.ranks, self.model.dtype)
-        self.biases = biases_of(self.model)
+        super().__init__(config, batches, out, files, dtype, model, ranks or Alone())
+        self.compiled, self.held_out, self.objective, self.sinks = compiled, held_out, objective, sinks
         self.watch = Watch(
             config.optimizer.qk_clip_threshold,
             margins=config.balance.rule == "quantile",
             sequence_loss=config.balance.sequence_loss > 0,
         )
-        self.loads = balance.Loads(config.balance.window)
-        self.guard = Guard(config.guard)
-        self.step, self.tokens, self.position, self.elapsed_s = 0, 0, 0, 0.0
         self.slice_loss = loss_and_gradient
         self.peak_flops_per_s = math.nan
-        self.checkpoints = Checkpoints(out, config.checkpoints)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -160,20 +134,6 @@ class Trainer:
                     "Go on with the same command and --resume.",
                 )
             return self.finish()
-
-    @property
-    def finished(self) -> Path | None:
-        """The finished model's directory, if the run has come to its end."""
-        path = self.out / "model"
-        return path if self.progress >= 1 and (path / "config.json").is_file() else None
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that is done, by steps, tokens or time, whichever is furthest."""
-        c = self.config
-        by_tokens = self.tokens / c.tokens if c.tokens else 0.0
-        by_time = self.elapsed_s / (60 * c.minutes) if c.minutes else 0.0
-        return min(1.0, max(self.step / c.steps, by_tokens, by_time))
 
     def train_step(self, batch: Batch, metrics: Metrics | None = None) -> dict[str, Any]:
         """One optimizer step on one batch, or none where the guard refuses it; returns the step's line of metrics."""
@@ -344,116 +304,3 @@ class Trainer:
         speed = {"tokens": self.tokens, "tokens_per_s": per_s, "elapsed_s": self.elapsed_s + seconds}
         peak = self.peak_flops_per_s * self.ranks.world
         return speed if math.isnan(peak) else speed | {"mfu": per_s * flops / peak}
-
-    # ------------------------------------------------------------------------------------------------ what lasts
-
-    def save(self, wait: bool = False) -> None:
-        """Write a checkpoint of this step, if there is none yet; `wait` until it is on the disk.
-
-        The tensors are copied and written beside the training that goes on. Raises TrainingError where this or the
-        save before it fails: checkpoints from before are untouched.
-        """
-        if self.step != self.checkpoints.saved_step:
-            self.checkpoints.save(self.step, self._tensors(), self._counters(), self._export)
-        if wait:
-            self.checkpoints.wait()
-
-    def resume(self) -> None:
-        """Go back to the newest checkpoint in the out directory.
-
-        Raises TrainingError where there is none, or where it is damaged or of another run.
-        """
-        path = self.checkpoints.newest()
-        if path is None:
-            raise TrainingError(f"There is no checkpoint to resume in {self.out}.", "Leave out --resume to begin anew.")
-        counters = self.checkpoints.read(path)
-        if counters["seed"] != self.config.seed:
-            raise TrainingError(
-                f"{path} was trained with seed {counters['seed']}, this run has seed {self.config.seed}.",
-                f"Resume with --seed {counters['seed']}.",
-            )
-        self.checkpoints.load(path, self._tensors())
-        self._go_on_from(counters)
-
-    def roll_back(self, metrics: Metrics) -> None:
-        """The newest checkpoint's weights, the batches that come next: what followed was spoilt.
-
-        Raises TrainingError where there is no checkpoint, or where it has been tried too often.
-        """
-        self.checkpoints.wait()
-        path, at, position = self.checkpoints.newest(), self.step, self.position
-        if path is None or self.guard.rollbacks >= self.config.guard.rollbacks:
-            tried = "nothing was saved yet" if path is None else f"{self.guard.rollbacks} rollbacks did not help"
-            raise TrainingError(
-                f"{self.guard.skipped_in_a_row} batches in a row up to step {at} were refused, and {tried}.",
-                f"See {self.out / 'events.jsonl'} for the reasons; begin again with a lower learning rate, "
-                "or look at the data.",
-            )
-        guard, elapsed_s = self.guard, self.elapsed_s
-        counters = self.checkpoints.read(path)
-        self.checkpoints.load(path, self._tensors())
-        self._go_on_from(counters)
-        self.guard, self.position, self.elapsed_s = guard, position, elapsed_s
-        guard.rolled_back()
-        self.checkpoints.saved_step = -1  # another save of this step is news: it goes on with other batches
-        self.loads = balance.Loads(self.config.balance.window)
-        metrics.event(at, "rolled back", to=self.step, next_batch=position)
-
-    def start_from(self, model_dir: Path) -> None:
-        """Begin with the weights and balance of a model in HF layout; steps, time and momenta begin anew.
-
-        Raises TrainingError where it is a model of another shape.
-        """
-        copy_weights(model_dir, self.masters, self.biases, {n: layout.held for n, layout in self.layouts.items()})
-        self.masters.int4_experts = self.config.int4_from <= 0
-        self.masters.publish()
-
-    def finish(self) -> Path:
-        """Write the finished model to OUT/model: routed experts int4 if they were trained so, or were and stayed so."""
-        self.masters.int4_experts = self.config.int4_from < 1
-        self.masters.publish()
-        path, state = self.out / "model", self._whole_state()
-        untouched = not any(".experts." in name for name in self.masters.weights)
-        int4 = self.masters.int4_experts or (untouched and self.config.model.weight_format == "int4")
-        if self.ranks.is_main:
-            write_model(state, self.config.model, path, self.files, int4)
-        self.ranks.barrier()
-        return path
-
-    def _whole_state(self) -> dict[str, Tensor]:
-        """The model's tensors by name, whole on every rank."""
-        state = dict(self.model.state_dict())
-        for name, layout in self.layouts.items():
-            if name in state:
-                state[name] = layout.gathered(local(state[name]))
-        return state
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What training moves, by its name in a saved state."""
-        state = {f"masters/{n}": self.layouts[n].whole(t) for n, t in self.masters.weights.items()}
-        state |= {f"muon/{n}": self.layouts[n].whole(t) for n, t in self.muon.state().items()}
-        for name, tensor in self.adamw.state().items():
-            weight = name.rsplit("/", 1)[0]
-            state[f"adamw/{name}"] = self.layouts[weight].whole(tensor) if tensor.ndim else tensor
-        return state | {f"bias/{n}": t for n, t in self.biases.items()}
-
-    def _counters(self) -> dict[str, Any]:
-        return {
-            "step": self.step, "tokens": self.tokens, "position": self.position, "elapsed_s": self.elapsed_s,
-            "seed": self.config.seed, "int4_experts": self.masters.int4_experts, "guard": self.guard.state(),
-            "data": state_of(self.position) if (state_of := getattr(self.batches, "state", None)) else {},
-        }  # fmt: skip
-
-    def _go_on_from(self, counters: Mapping[str, Any]) -> None:
-        self.step, self.tokens, self.position = counters["step"], counters["tokens"], counters["position"]
-        self.elapsed_s = counters["elapsed_s"]
-        if load := getattr(self.batches, "load", None):
-            load(counters["data"])  # refuses data that changed
-        self.guard.load(counters["guard"])
-        # as the last step published them: at the very step where int4 begins, progress alone would say it too early
-        self.masters.int4_experts = counters["int4_experts"]
-        self.masters.publish()
-
-    def _export(self, path: Path) -> None:
-        if self.config.checkpoints.export and self.ranks.world == 1:  # over ranks, nobody holds the whole model
-            write_model(self.model.state_dict(), self.config.model, path / "hf", self.files, int4=False)
