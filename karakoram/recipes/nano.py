@@ -8,7 +8,7 @@ Three stages, as K2 was made, each from the model that the one before left:
 
     pretrain   few phrasings, short documents first, everything that is read weighs a little: copying is learned
     sft        all phrasings, interleaved thinking with chains of calls: words are learned, not sentences
-    int4       the same on the int4 grid, from a third of the rate down to nothing
+    int4       on the int4 grid, the rate down to nothing: half of it chains and word problems, in all phrasings
 
     OUT/pretrain/tokenizer/   tiktoken.model and tokenizer_config.json, learned from generated dialogs (about a minute)
     OUT/STAGE/tokens/         documents as token ids (a few minutes; an interrupted run goes on)
@@ -35,9 +35,9 @@ from karakoram.train.data.bpe import train_tokenizer
 from karakoram.train.data.pack import READ_WEIGHT, build_token_cache, stage_mix
 from karakoram.train.recipe import Material, Recipe, Workplace
 
-STEPS = 15_000
-MINUTES = 90.0  # of training; tokenizer, tokens and compiling take the other ten
-SHARES = (0.42, 0.42, 0.16)  # of steps and minutes: two stages of 38 minutes and one of 14
+STAGE_STEPS = (6300, 6300, 4000)  # at most
+STAGE_MINUTES = (37.8, 37.8, 21.0)  # of training; tokenizer, tokens and compiling take two more
+STEPS, MINUTES = sum(STAGE_STEPS), sum(STAGE_MINUTES)
 TOKENIZER_DOCUMENTS = 9_000
 
 
@@ -67,8 +67,8 @@ def recipe(
 def plan_of(steps: int, minutes: float | None, seed: int, model: ModelConfig | None = None) -> Plan:
     """All stages; learning rates were chosen on short runs, the rest is Moonlight's and K2's."""
     model = model or ModelConfig.preset("nano")
-    per_stage = [max(1, round(steps * share)) for share in SHARES]
-    times = [minutes and minutes * share for share in SHARES]
+    per_stage = [max(1, round(most * steps / STEPS)) for most in STAGE_STEPS]
+    times = [minutes and each * (minutes / MINUTES) for each in STAGE_MINUTES]
     pretrain = TrainConfig(
         model=model,
         steps=per_stage[0],
@@ -92,7 +92,7 @@ def plan_of(steps: int, minutes: float | None, seed: int, model: ModelConfig | N
         sft,
         steps=per_stage[2],
         minutes=times[2],
-        optimizer=replace(pretrain.optimizer, learning_rate=1.2e-3, adamw_learning_rate=7e-4),
+        optimizer=replace(pretrain.optimizer, learning_rate=2.4e-3, adamw_learning_rate=1.4e-3),
         schedule=ScheduleConfig(warmup_steps=10, decay_from=0.0, read_floor=0.2),
         int4_from=0.0,
         seed=seed + 2,
