@@ -2,10 +2,12 @@
 
 torch.optim.Muon takes no stacks, so that its user unstacks them. A step is momentum, Newton-Schulz and update, of 64
 experts of 128 × 256 and of 64 × 256, float32 weights and gradients. Both are given the same numbers and, with `mean`,
-make the same bits. They alternate, one step each, so that other load on the machine hits both; 5 ms between two calls,
-since torch's threads look for work for 2.7 ms after each of theirs, on a core that whoever comes next is to use.
+make the same bits. They alternate, so that other load on the machine hits both: one step each, which then finds little
+of its 24 MB in the caches, or `--together` steps. 5 ms between two turns: torch's threads look for work for 2.7 ms
+after each of theirs, on a core that whoever comes next is to use.
 
-    python benchmarks/optimizer_step.py [--rounds 50] [--threads 1 2] [--out benchmarks/results/optimizer_step.jsonl]
+    python benchmarks/optimizer_step.py [--rounds 50] [--together 1] [--threads 1 2]
+                                        [--out benchmarks/results/optimizer_step.jsonl]
 
 One line of JSON per shape and number of threads: medians and least of both in ms, the ratio of the medians, the median
 of the rounds' ratios, the share of the step that Newton-Schulz takes, its arithmetic per second (all products as they
@@ -37,8 +39,8 @@ ITERATIONS = 5
 QUIET_S = 0.005
 
 
-def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
-    """Both optimizers over `rounds` steps each."""
+def measure(shape: tuple[int, int, int], rounds: int, together: int) -> dict[str, Any]:
+    """Both optimizers over `rounds` turns of `together` steps each."""
     stack, gradient = torch.randn(shape), torch.randn(shape)
     experts = [expert.clone().requires_grad_() for expert in stack]
     for expert, part in zip(experts, gradient, strict=True):
@@ -52,6 +54,7 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
             "newton_schulz": lambda: orthogonalize(gradient),
         },
         rounds,
+        together,
     )
     cpu = {name: statistics.median(one.cpu for one in each) for name, each in seconds.items()}
     wall = {name: [one.wall for one in each] for name, each in seconds.items()}
@@ -80,22 +83,24 @@ class Seconds(NamedTuple):
     cpu: float
 
 
-def alternating(calls: dict[str, Callable[[], Tensor | None]], rounds: int) -> dict[str, list[Seconds]]:
+def alternating(calls: dict[str, Callable[[], Tensor | None]], rounds: int, together: int) -> dict[str, list[Seconds]]:
     """Times of every call by name; three rounds before do not count, the same number for all."""
     times: dict[str, list[Seconds]] = {name: [] for name in calls}
     for _ in range(rounds + 3):
         for name, call in calls.items():
             time.sleep(QUIET_S)
-            began, began_cpu = time.perf_counter(), time.process_time()
-            call()
-            times[name].append(Seconds(time.perf_counter() - began, time.process_time() - began_cpu))
-    return {name: each[3:] for name, each in times.items()}
+            for _ in range(together):
+                began, began_cpu = time.perf_counter(), time.process_time()
+                call()
+                times[name].append(Seconds(time.perf_counter() - began, time.process_time() - began_cpu))
+    return {name: each[3 * together :] for name, each in times.items()}
 
 
 def main() -> None:
     """Measure, print, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--together", type=int, default=1, help="steps of a turn")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--out", type=Path, help="a file of JSON lines to append to")
     options = parser.parse_args()
@@ -111,7 +116,8 @@ def main() -> None:
             load = round(os.getloadavg()[0], 1)
             line = json.dumps({
                 "benchmark": "optimizer_step", "commit": commit or None, "cpu": processor().model, "threads": threads,
-                "torch": torch.__version__, "load": load, "rounds": options.rounds, **measure(shape, options.rounds),
+                "torch": torch.__version__, "load": load, "rounds": options.rounds, "together": options.together,
+                **measure(shape, options.rounds, options.together),
             })  # fmt: skip
             print(line, flush=True)
             if options.out is not None:

@@ -8,7 +8,7 @@ Three stages, as K2 was made, each from the model that the one before left:
 
     pretrain   few phrasings, short documents first, everything that is read weighs a little: copying is learned
     sft        all phrasings, interleaved thinking with chains of calls: words are learned, not sentences
-    int4       on the int4 grid, the rate down to nothing: half of it chains and word problems, in all phrasings
+    int4       the same on the int4 grid, from a third of the rate down to nothing
 
     OUT/pretrain/tokenizer/   tiktoken.model and tokenizer_config.json, learned from generated dialogs (about a minute)
     OUT/STAGE/tokens/         documents as token ids (a few minutes; an interrupted run goes on)
@@ -92,7 +92,7 @@ def plan_of(steps: int, minutes: float | None, seed: int, model: ModelConfig | N
         sft,
         steps=per_stage[2],
         minutes=times[2],
-        optimizer=replace(pretrain.optimizer, learning_rate=2.4e-3, adamw_learning_rate=1.4e-3),
+        optimizer=replace(pretrain.optimizer, learning_rate=1.2e-3, adamw_learning_rate=7e-4),
         schedule=ScheduleConfig(warmup_steps=10, decay_from=0.0, read_floor=0.2),
         int4_from=0.0,
         seed=seed + 2,

@@ -9,7 +9,6 @@ import pytest
 from karakoram.chat import ChatFormat
 from karakoram.errors import TrainingError
 from karakoram.train.data import dialogs, pack
-from karakoram.train.data.dialogs.phrases import ALL_PHRASINGS, FEW, MANY
 from karakoram.train.data.documents import Document
 from karakoram.train.data.pack import Mix, build_token_cache, document_samples, open_token_cache, samples
 
@@ -64,10 +63,9 @@ def test_what_is_read_weighs_what_the_mix_says(fmt: ChatFormat) -> None:
 
 def test_stages() -> None:
     pretrain, sft = pack.stage_mix("pretrain"), pack.stage_mix("sft")
-    assert (pretrain.rich, pretrain.read_weight, pretrain.families) == (FEW, 0.1, "pretrain")
-    assert (sft.rich, sft.read_weight, sft.families) == (MANY, 0.0, "sft")
-    last = pack.stage_mix("int4")
-    assert (last.rich, last.families) == (ALL_PHRASINGS, "chains")
+    assert (pretrain.rich, pretrain.read_weight, pretrain.families) == (False, 0.1, "pretrain")
+    assert (sft.rich, sft.read_weight, sft.families) == (True, 0.0, "sft")
+    assert pack.stage_mix("int4") == sft
     with_data = pack.stage_mix("pretrain", Path("data"))
     assert with_data.dialogs + with_data.gsm8k + with_data.text == pytest.approx(1)
     assert pack.stage_mix("sft", Path("data")).text == 0  # plain text has nothing that an assistant writes
@@ -138,7 +136,7 @@ def test_cache_holds_the_samples(tmp_path: Path, tokenizer_dir: Path, fmt: ChatF
 
 def test_a_cache_of_other_settings_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     build_token_cache(tmp_path / "cache", tokenizer_dir, 10_000, seed=5)
-    for changed in (Mix(rich=MANY), Mix(read_weight=0.0), Mix(families="sft")):
+    for changed in (Mix(rich=True), Mix(read_weight=0.0), Mix(families="sft")):
         with pytest.raises(TrainingError, match="other settings"):
             build_token_cache(tmp_path / "cache", tokenizer_dir, 10_000, seed=5, mix=changed)
     with pytest.raises(TrainingError, match="other settings"):

@@ -31,7 +31,7 @@ from karakoram.chat.tokenizer import CONFIG_FILE, MODEL_FILE, PATTERN
 from karakoram.errors import TrainingError
 from karakoram.tools.units import TEMPERATURES, UNITS
 from karakoram.train.data import dialogs
-from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, PROSE, VERBS
+from karakoram.train.data.names import ADJECTIVES, NOUNS, PEOPLE, PROSE, VERBS, plural
 
 N_RANKS = 3968
 N_SPECIALS = 128
@@ -271,12 +271,12 @@ def special_ids(first_special: int = N_RANKS) -> dict[str, int]:
 
 
 def generated_texts(documents: int, seed: int = 0) -> Iterator[str]:
-    """Rendered training dialogs (never evaluation ones); about 1,100 characters each."""
+    """Rendered training dialogs (never evaluation ones), every other one from all phrasings; about 1,300 characters."""
     bytes_only = {bytes([byte]): rank for rank, byte in enumerate(byte_order())}
     fmt = ChatFormat(DIALECT, Tokenizer(bytes_only, special_ids(256)))
     specials = regex.compile(r"<\|[a-z_]+\|>|</?think>")
     for index in range(documents):
-        document = dialogs.generate(seed, index)
+        document = dialogs.generate(seed, index, rich=index % 2 == 1)
         rendered = fmt.render(
             document.messages, document.tools, thinking=document.thinking, add_generation_prompt=False
         )
@@ -287,10 +287,10 @@ def generated_texts(documents: int, seed: int = 0) -> Iterator[str]:
 
 
 def words_apart() -> frozenset[str]:
-    """Words that appear as names or values and are copied: pools of both splits, units."""
+    """Words that appear as names or values and are copied: pools of both splits, one and several, and units."""
     units = {name for kind in UNITS.values() for unit, (_, others) in kind.items() for name in (unit, *others)}
     degrees = {name for scale, others in TEMPERATURES.items() for name in (scale, *others)}
-    pools = {*VERBS, *NOUNS, *ADJECTIVES, *PEOPLE} - {*PROSE}
+    pools = {*VERBS, *NOUNS, *ADJECTIVES, *PEOPLE, *map(plural, NOUNS)} - {*PROSE}
     return frozenset(word.lower() for word in (*pools, *units, *degrees))
 
 

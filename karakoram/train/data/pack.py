@@ -28,7 +28,6 @@ import numpy as np
 from karakoram.chat import ChatFormat
 from karakoram.errors import TrainingError
 from karakoram.train.data import dialogs
-from karakoram.train.data.dialogs.phrases import ALL_PHRASINGS, FEW, MANY
 from karakoram.train.data.documents import Document, Message
 from karakoram.train.data.gsm8k import read_gsm8k
 from karakoram.train.data.names import Split
@@ -48,7 +47,7 @@ class Mix:
 
     dialogs, gsm8k, text  shares of chunks by source
     data_dir              holds `gsm8k/train.jsonl` and `text/*.txt`, where these shares are above 0
-    rich                  from how many phrasings dialogs are made (`dialogs/phrases.py`)
+    rich                  dialogs from all phrasings, not only the first ones
     families              which of `dialogs.MIXES` the dialogs are drawn from
     read_weight           weight of what is only read, in tenths between 0 and 1
     """
@@ -57,7 +56,7 @@ class Mix:
     gsm8k: float = 0.0
     text: float = 0.0
     data_dir: str | None = None
-    rich: int = FEW
+    rich: bool = False
     families: str = "pretrain"
     read_weight: float = READ_WEIGHT
 
@@ -73,14 +72,12 @@ class Mix:
 
 
 PRETRAIN = Mix()
-SFT = Mix(rich=MANY, families="sft", read_weight=0.0)
-CHAINS = Mix(rich=ALL_PHRASINGS, families="chains", read_weight=0.0)
-_OF_STAGE = {"pretrain": PRETRAIN, "sft": SFT}
+SFT = Mix(rich=True, families="sft", read_weight=0.0)
 
 
 def stage_mix(stage: str, data_dir: Path | None = None) -> Mix:
-    """What nano's stages `pretrain`, `sft` and those after it read; given data, GSM8K too, and text in `pretrain`."""
-    mix = _OF_STAGE.get(stage, CHAINS)
+    """What nano's stage `pretrain` reads, or `sft` and all after it; given data, GSM8K too, and text in `pretrain`."""
+    mix = PRETRAIN if stage == "pretrain" else SFT
     if data_dir is None:
         return mix
     text = 0.08 if stage == "pretrain" else 0.0

@@ -26,7 +26,7 @@ from karakoram.train.data.dialogs import (
     talk,
 )
 from karakoram.train.data.dialogs.compose import compose, group_of, with_failure
-from karakoram.train.data.dialogs.phrases import FEW, Chance
+from karakoram.train.data.dialogs.phrases import Chance
 from karakoram.train.data.dialogs.task import Task
 from karakoram.train.data.documents import Document, Scenario
 from karakoram.train.data.names import Split
@@ -81,17 +81,10 @@ MIXES: dict[str, dict[str, float]] = {
         "short_story": 0.04, "short_steps": 0.04,
     },
     "sft": {
-        "calculation": 0.125, "operation": 0.045, "adding": 0.035, "difference": 0.035, "day_of_week": 0.02,
-        "conversion": 0.085, "lookup": 0.07, "table": 0.085, "quote": 0.03, "listing": 0.06, "files": 0.03,
-        "action": 0.06, "small_talk": 0.015, "fact": 0.015, "refusal": 0.02, "chain": 0.035, "parallel": 0.02,
-        "story": 0.08, "steps": 0.135,
-    },
-    # the last stage: what the second left weakest, chains and stories, takes half of it
-    "chains": {
-        "calculation": 0.08, "operation": 0.04, "adding": 0.02, "difference": 0.03, "day_of_week": 0.02,
-        "conversion": 0.07, "lookup": 0.04, "table": 0.06, "quote": 0.02, "listing": 0.03, "files": 0.03,
-        "action": 0.04, "small_talk": 0.01, "fact": 0.01, "refusal": 0.02, "chain": 0.03, "parallel": 0.02,
-        "story": 0.18, "steps": 0.25,
+        "calculation": 0.115, "operation": 0.045, "adding": 0.03, "difference": 0.03, "day_of_week": 0.02,
+        "conversion": 0.08, "lookup": 0.06, "table": 0.075, "quote": 0.025, "listing": 0.05, "files": 0.03,
+        "action": 0.055, "small_talk": 0.015, "fact": 0.015, "refusal": 0.02, "chain": 0.035, "parallel": 0.02,
+        "story": 0.11, "steps": 0.17,
     },
     "stories": {"story": 1.0},
     **{f"chain_{n}": {f"steps_{n}": 0.8, f"story_{n}": 0.2} for n in steps.CALLS},
@@ -104,7 +97,7 @@ TWO_TURN_SHARE = {
     "chains": 0.06,
 }  # of a mix; in the others there are none
 FAILURE_SHARE = 0.025
-MISTAKE_SHARE = 0.04  # of what may fail, in the mixes `sft` and `chains`: a wrong name, the error, the right call
+MISTAKE_SHARE = 0.04  # of what may fail, in the mix `sft`: a wrong name, the error, the right call
 
 _THRESHOLDS = {mix: list(accumulate(shares.values())) for mix, shares in MIXES.items()}
 
@@ -115,10 +108,10 @@ def _family(rng: Random, mix: str) -> Family:
     return FAMILIES[next(name for name, threshold in zip(MIXES[mix], thresholds, strict=True) if roll < threshold)]
 
 
-def scenario(seed: int, index: int, split: Split = "train", rich: int = FEW, mix: str = "sft") -> Scenario:
+def scenario(seed: int, index: int, split: Split = "train", rich: bool = False, mix: str = "sft") -> Scenario:
     """The dialog with its tools. Built-in tools appear in training only: their names would not be held out.
 
-    rich  from how many phrasings of training, see `phrases.py`
+    rich  from all phrasings of training, see `phrases.py`
     mix   one of `MIXES`; another name raises TrainingError
     """
     if mix not in MIXES:
@@ -138,7 +131,7 @@ def scenario(seed: int, index: int, split: Split = "train", rich: int = FEW, mix
     may_fail = tasks[-1].steps and len(tasks) == 1 and not demo
     if may_fail and rng.random() < FAILURE_SHARE:
         tasks[-1] = with_failure(tasks[-1], rng)
-    elif may_fail and mix in ("sft", "chains") and split == "train" and len(tasks[-1].steps[0]) == 1:
+    elif may_fail and mix == "sft" and split == "train" and len(tasks[-1].steps[0]) == 1:
         tasks[-1].mistaken = rng.random() < MISTAKE_SHARE
     return compose(tasks, rng, split, demo)
 
@@ -153,6 +146,6 @@ def _together(first: Task, second: Task) -> bool:
     return same or not groups[0] & (groups[1] | {group_of(rival) for rival in second.rivals})
 
 
-def generate(seed: int, index: int, split: Split = "train", rich: int = FEW, mix: str = "sft") -> Document:
+def generate(seed: int, index: int, split: Split = "train", rich: bool = False, mix: str = "sft") -> Document:
     """The dialog to train on; the same arguments give the same document on every machine."""
     return scenario(seed, index, split, rich, mix).document

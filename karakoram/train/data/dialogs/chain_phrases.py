@@ -1,4 +1,4 @@
-"""Further phrasings of chains and stories for the last stage of training; same slots, same `[a|b]` choices.
+"""Further phrasings of what needs several calls, of word problems and of small things; slots and choices as there.
 
 Whatever a step may be said with should have been read in other sentences: `brings`, `fewer`, `goes on for`, `takes from`.
 """
@@ -295,6 +295,128 @@ Who is mayor [where {p} lives|of {p}'s city], and [what|which] {k} does that may
 [Send|Write] a message [with it|that says it] to {p}.
 {p} [should get|should have|is waiting for] the result[, so send it|: write to {p}|: send it].
 [And|Then] message {p} [about it|the result].""",
+    "word_problems": """{p} [owns|keeps|opens|fills] {a} [crates|cartons|bags|bowls], [each one|every one|each] [with|of|holding] {b} {x}. How many {x} [is it|are they|does {p} have|are those] [in total|in all|together]?|{a}*{b}|{x}
+[In|Inside] [each|every one] of {a} [boxes|bags|drawers|rooms] [are|lie] {b} {x}. How many {x} [is that|are there][ in total| in all|]?|{a}*{b}|{x}
+{p} [keeps|buys|carries] {a} {x} in each of {b} [bags|boxes|rooms]. [What is the number of {x}|How many {x} are they]?|{a}*{b}|{x}
+{p} [saw|got|sold|lost|drew] {a} {x} [this morning|on Friday|at home|in May] and {b} {x} [on Sunday|at night|at school|in June]. How many {x} [is it together|were they|in all|is that in all]?|{a}+{b}|{x}
+[Today|Yesterday|In the morning] {p} found {a} {x}, [and on Monday|before that|then another] {b}. How many [{x} is that|is it in all]?|{a}+{b}|{x}
+{p} put {a} {x} [on the table|into a bag], {q} [put|laid] {b} more there. How many {x} [lie there|are in it|is that]?|{a}+{b}|{x}
+[There were|We had|On the table were|A shop had|In a bag were] {m} {x}, [and|then] {p} [took|ate|sold|broke|used|lost] {n}[ of them|]. How many [{x} are there still|are still there|{x} stay|are left over|do we still have]?|{m}-{n}|{x}
+[On the shelf|In the box|On a plate] [were|lay] {m} {x}. {p} took [away|] {n}. How many {x} [are there now|lie there still|stay there]?|{m}-{n}|{x}
+Of {m} {x} {p} [sells|gives away|loses|eats] {n}. What [is left|number is left]?|{m}-{n}|{x}
+[We|They|You and I] [share|divide|split] {m} {x} [among|by] {s} [people|pupils|girls|dogs]. How many {x} [does every one get|is that for each|for each of them]?|{m}/{s}|{x}
+{s} [children|boys|girls] [share|divide] {m} {x} [evenly|fairly]. What does each [child|of them] get?|{m}/{s}|{x}
+{m} {x} for {s} [children|tables|teams]: how many [{x} each|does every one get|are that for one]?|{m}/{s}|{x}
+[I want|I would like|I have to buy|We buy|Let me buy] {a} {x}, [each costs|one costs|at] {d} dollars[ each|]. [How much money is that|What does it cost|What must I pay|How much do I need]?|{a}*{d}|dollars
+[Each|One|Every] {o} costs {d} dollars and I [want|need|take|buy] {a}. [How much money do I need|What is that in all|How much do I pay]?|{a}*{d}|dollars
+{p} wants to buy {a} {x}. [They cost|One is|The price is] {d} dollars each. How much money does {p} need?|{a}*{d}|dollars
+{p} [works|stays|helps] {a} [hours|days] [at|for] {b} dollars [an hour|each|a day]. [How much is the pay|What is {p} paid|What does {p} get|How much money is it]?|{a}*{b}|dollars
+For [one|each|every] hour {p} [is paid|gets] {b} dollars. What [does {p} earn in|is the pay for] {a} hours?|{a}*{b}|dollars
+{p} [goes|rides|sails|flies] {a} hours at {b} km [per|an|each] hour. [How far is it|How many km is that|What way is that]?|{b}*{a}|km
+{p} drives [for|] {a} hours, {b} km [per|in each|an] hour. How far [does {p} get|is the way]?|{b}*{a}|km
+[A ship|A train|A plane|{p}] [makes|does] {b} km [per|an] hour for {a} hours. How far [is it|does it go]?|{b}*{a}|km
+A [table|field|door|wall|card|carpet|yard] is {a} [cm|meters|m] long and {b} [cm|meters|m] wide. [How large is its area|What is its area|What area does it have|How big is the area]?|{a}*{b}|
+A [window|paper|picture|wall] is {a} cm wide and {b} cm [high|long]. What is [the area|its area][ of it|]?|{a}*{b}|square cm
+The sides of a [table|garden|room] are {a} and {b} meters. [What is the area|How large is the area]?|{a}*{b}|square meters
+{p} [has|had|takes|holds] {k} dollars and [pays|must pay|gave away|uses|gives {q}] {n}[ dollars|]. How much [is left|does {p} keep|money is left|does {p} still have]?|{k}-{n}|dollars
+[From|Of|Out of] {k} dollars {p} [pays|takes|spends|paid] {n}[ dollars|]. What is left?|{k}-{n}|dollars
+{p} [takes|chooses|got|ordered] {a} {x} at {d} dollars [each|a piece] and a {z} [for|that costs] {e} dollars. [How much is it|What is it in all|What does {p} pay in total]?|{a}*{d}+{e}|dollars
+{p} [buys|bought|orders] [one|a] {z} at {e} dollars and {a} {x} [at|for] {d} dollars each. [How much is that in all|What is it together|How much must {p} pay]?|{e}+{a}*{d}|dollars""",
+    "arithmetic.commands": """[Please|Now|Can you] [sum|add up] {a} and {b}.|{a}+{b}
+[I need|I want|Tell me|Give me|Find] [the sum of {a} and {b}|{a} added to {b}|{a} and {b} together].|{a}+{b}
+[I need|I want|Tell me|Please give me] [the sum of|] {a}, {b} and {c} [together|in all|added up].|{a}+{b}+{c}
+[Please|] put {a}, {b} and {c} together.|{a}+{b}+{c}
+[Please|Now] [take|subtract] {a} [off|away from] {b}.|{b}-{a}
+[I need|Tell me|Find] [{b} less {a}|{a} taken from {b}|{b} with {a} subtracted].|{b}-{a}
+[I need|I want|Tell me|Please find] [{a} times {b}|the product of {a} and {b}|{a} taken {b} times].|{a}*{b}
+[Please|Now] multiply {a} [with|by] {b}[ for me|].|{a}*{b}
+[I need|I want|Tell me|Please find] [{a} divided by {b}|{a} over {b}|{a} split by {b}].|{a}/{b}
+[Please|Now] [split|share] {a} by {b}[ for me|].|{a}/{b}
+[Tell me|Find|I need|Please give me] [the half of|one half of] {a}.|{a}/2
+[Tell me|Find|I need|Please give me] [the double of|twice|two times] {a}.|{a}*2
+[Tell me|Find|I need|Please give me] [a third of|the third part of] {a}.|{a}/3
+[Tell me|Find|I need|Please give me] [a quarter of|the fourth part of] {a}.|{a}/4
+[Tell me|Find|I need|Compute|Please find] {p}[%| percent] of {a}.|{a}*{p}/100
+[Tell me|Say|Find out] [how much|what] {p} percent of {a} [is|are].|{a}*{p}/100
+[I want to know|Find out] what {p}% of {a} [is|makes].|{a}*{p}/100
+[Tell me|Find|I need|Please give me] the [mean|average] of {a} and {b}.|({a}+{b})/2
+[Tell me|Say|I need|Work out] the [mean|average] of {a}, {b} and {c}.|({a}+{b}+{c})/3
+[Tell me|Say|I need|Work out] [{a} squared|the square of {a}|{a} times itself].|{a}*{a}
+[Find|Tell me|Say] the square of {a}.|{a}*{a}
+[Tell me|Find|I need|Work out] {a} times {b} [plus|and then plus] {c}.|{a}*{b}+{c}
+[Tell me|Find|I need|Work out] {a} plus {b} [minus|less] {c}.|{a}+{b}-{c}
+[Tell me|Find|I need|Work out|Compute] {a} minus {b} plus {c}.|{a}-{b}+{c}
+[Tell me|Find|I need|Work out|Compute] {a} plus {b} plus {c}.|{a}+{b}+{c}
+[Tell me|Find|Work out|Compute] {a} times {b} minus {c}.|{a}*{b}-{c}""",
+    "chains.cost": """[I take|We take|I order|We need] {n} {x}. [What is it in total|How much is it in total|What is the total|How much in all]?
+[Tell me|Say|Find out] [the price|the total|the whole cost] [of|for] {n} {x}.
+The [total|whole] [price|cost] of {n} {x}[, please|]?
+[I would buy|I want to buy|Let us buy] {n} {x}. [How much is that|What do I pay]?
+[Find|I need|Give me] the [total|whole] price of {n} {x}.""",
+    "chains.weekday": """[Tell me|Say|Find] [the weekday|which weekday it is] {n} days after {d}.
+[It is|Now it is|Today it is] {d}. [What|Which] day of the week [comes in|is it in|is it after] {n} days?
+The [weekday|day of the week] {n} days after {d}[, please|]?
+{n} days after {d}: [which|what] [weekday|day of the week] is [it|that]?""",
+    "chains.convert": """[Please|Now] [work out|calculate|solve] {e} and [turn|change|convert] [it|the result] from {s} [to|into] {t}.
+[Work out|Solve|Find] {e}[ in {s}|], [then|and] [change|turn] it from {s} into {t}.
+{e} {s}: how many {t} [is that|are these]?
+[Tell me|Say] how many {t} [are|make] {e} {s}.""",
+    "chains.weeks": """[Tell me|Say|Find out] how many hours [lie|pass|are] between {d} and {e}.
+The hours from {d} to {e}[, please|]?
+How many hours [pass|go by] from {d} [to|until] {e}?
+[Count|Find|Compute] the hours [from {d} to|between {d} and] {e}.""",
+    "chains.sum": """[Please|Now] [find|get|read] the {k} of {x} and add {n}[ to it|].
+[Look up|Get|Read] the {k} of {x} [and|and then] [add|put on] {n}.
+[Tell me|Say] the {k} of {x} plus {n}.
+{n} [added to|more than] the {k} of {x}: how much is [it|that]?""",
+    "records.quote": """[Please|Now] [repeat|copy|give me|show] what [the data say|is said|stands there] [of|about] {x}.
+[All|Everything] [you have|there is|that is known] [about|on|of] {x}[, please|].
+[I want|I need|Let me see] [the whole record|all data|the entry] of {x}.
+[Please|] quote the [record|entry|data] of {x}.""",
+    "talk.cannot": """[Please|Can you|] [write|send] [a letter|an email|a text|a note] to {p}.
+[Please|Can you|I want you to] [ring up|phone|call up] {p}.
+[Give me|Get me|I want|Show me] [the weather|a forecast|the weather report] [for|of|from] {c}.
+[Is it|Will it be] [warm|cold|sunny] in {c} [today|now|tomorrow]?
+[Please|] [reserve|find|book] [a room|a seat|a car|a table] [in|for] {c}.
+[Please|] [switch on|start|open|switch off] the {x}.
+[Please|] turn [up|down] the {x}.
+[Please|Can you|] [sing|play] [a song|music|something] [by|from|of] {p}.
+[Please|] [paint|draw|film] [a|the] {x}.
+[Please|] [call|order|get] [a taxi|a doctor|food] [to|for] {c}.
+[Tell|Remind|Invite] {p} [to come|about {c}|to dinner].
+[Please|] [buy|sell|order] {n} {x}s[ online|].""",
+    "distractors.about": """[Takes|Make|Makes] [a picture|a film|a note|a drawing].
+[Phones|Rings] [a person|somebody|a number].
+[Prints|Sends|Scans] [a page|a photo|a file].
+[Shows|Reads|Gets] [a map|the mail|a page|the paper].
+[Writes|Makes] [a poem|a list|a song].
+[Opens|Closes|Locks] [a door|the gate|a box|the house].
+[Creates|Deletes|Changes] [an account|a user|a password].
+[Starts|Stops] [the machine|a car|the heating].
+[Books|Orders|Pays] [a room|a taxi|food|a bill].""",
+    "distractors.argument": """[This|One|Any] [text|city|name|title|word|place|person]
+[What|Where|When|Who|Which] [to search|it is|is meant|to send it]
+[Search|Look] for [what|which words]
+[A|Some] [title|subject|message|language|note|hour]
+[To|For|From] whom
+On or off[, please|]
+How [much|many|long|often]""",
+    "speech.before": """[Hi|Hello|Hey] [you|again|friend][,|!|:]
+Good [morning|evening|night][,|!|:]
+[I need help|Help me|Please help me|A question|I have one question|Tell me this][:|.]
+[Hello|Hi], [I need help|a question|please help me|one thing][:|.]
+[Nano|Dear nano|Hello nano][,|:|!]""",
+    "speech.after": """[Thank you|Thanks] [a lot|very much|for that|in advance][.|!]
+[Be fast|Quickly|Hurry|As quick as you can|Do it fast][, please|].
+[Please|] [use|take|call] [your tools|the tool|the tools|tools].
+[Answer|Please answer] [soon|now|in short].
+[Many thanks|I thank you][.|!]""",
+    "system": """You are [a nice|a kind|a good|an honest|a quick] assistant.
+[Use|Call|Take] [a tool|tools] [if you need one|where one helps|when it helps].
+[Please|] [answer|speak|reply] [briefly|in few words|shortly].
+[Be|Stay] [friendly|polite|short|kind].
+You [help|serve] [people|the user|customers] [with|by] tools.
+If [a tool|one of the tools] [fits|helps], [use|call] it.""",
 }  # fmt: skip
 
 CHAINS: Final = {

@@ -4,8 +4,8 @@ Every sentence that a model reads in a dialog (questions, descriptions of tools 
 from a `Phrases`: one tuple for training, another for evaluation, checked to be disjoint by a test that walks over
 `ALL`. Slots are written `{name}` and filled with `str.format_map`; `[has|owns]` is a choice, made anew each time.
 
-Training has three sets: few phrasings at first, while copying is learned, then many (`more_phrases.py`), so that words
-are learned rather than sentences, and at last those of chains and stories too (`chain_phrases.py`).
+Training has two sets: few phrasings at first, while copying is learned, then all of them (`more_phrases.py` and
+`chain_phrases.py`), so that words are learned rather than sentences. A `Chance` with `rich` draws from all.
 """
 
 import re
@@ -17,13 +17,13 @@ from karakoram.train.data.dialogs.more_phrases import MORE
 from karakoram.train.data.names import Split
 
 RICH_SHARE = 0.7
-FEW, MANY, ALL_PHRASINGS = 0, 1, 2
+FURTHER = MORE | CHAINS
 
 
 class Chance(Random):
-    """The random numbers of one dialog. `rich`: from which phrasings of training, `FEW`, `MANY` or `ALL_PHRASINGS`."""
+    """The random numbers of one dialog. `rich`: from all phrasings of training, not only the first ones."""
 
-    rich = FEW
+    rich = False
 
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
@@ -51,7 +51,7 @@ class Phrases:
         """One template at random, filled."""
         choices = self.of[split]
         if split == "train" and isinstance(rng, Chance) and rng.rich:
-            more = MORE.get(self.name, CHAINS.get(self.name, ()) if rng.rich == ALL_PHRASINGS else ())
+            more = FURTHER.get(self.name, ())
             if more and rng.random() < RICH_SHARE:  # the few first ones stay in practice
                 choices = more
         template = choices[int(rng.random() * len(choices))]
