@@ -98,6 +98,7 @@ TWO_TURN_SHARE = {
 }  # of a mix; in the others there are none
 FAILURE_SHARE = 0.025
 MISTAKE_SHARE = 0.04  # of what may fail, in the mix `sft`: a wrong name, the error, the right call
+GIVES_UP_SHARE = 0.3  # of these, a second wrong name: a model that cannot copy one would try it until it is stopped
 
 _THRESHOLDS = {mix: list(accumulate(shares.values())) for mix, shares in MIXES.items()}
 
@@ -133,6 +134,8 @@ def scenario(seed: int, index: int, split: Split = "train", rich: bool = False, 
         tasks[-1] = with_failure(tasks[-1], rng)
     elif may_fail and mix == "sft" and split == "train" and len(tasks[-1].steps[0]) == 1:
         tasks[-1].mistaken = rng.random() < MISTAKE_SHARE
+        if tasks[-1].mistaken and rng.random() < GIVES_UP_SHARE:
+            tasks[-1].gives_up, tasks[-1].expected = True, ("could not",)
     return compose(tasks, rng, split, demo)
 
 

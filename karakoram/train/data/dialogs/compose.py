@@ -146,8 +146,14 @@ def _turn(talk: _Talk, task: Task, question: str, rng: Random) -> None:
     for step in task.steps:
         if task.mistaken and step is task.steps[0]:
             _mistake(talk, step[0], rng)
-            use = step[0]
-            result = _call(talk, [Use(use.capability, use.values, f"A name was wrong. {use.thought}")], None)
+            again = Use(step[0].capability, step[0].values, f"A name was wrong. {step[0].thought}")
+            if task.gives_up:
+                _mistake(talk, again, rng)
+                talk.messages.append(
+                    _assistant(talk, "It failed again. Stop.", "I could not do that: the call failed.")
+                )
+                return
+            result = _call(talk, [again], None)
         elif failure is not None:
             _call(talk, step, [failure] * len(step))
             failure = None

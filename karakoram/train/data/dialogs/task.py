@@ -35,6 +35,7 @@ class Task:
     failure: str | None = None  # the first call returns this error once, and is made again
     company: int = 3  # at most so many tools that nobody needs
     mistaken: bool = False  # the first call goes wrong and is made again, with the right names
+    gives_up: bool = False  # or goes wrong again, and is not made a third time
     bare: bool = field(default=False)  # no tools at all
 
     @property
