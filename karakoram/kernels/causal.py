@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from karakoram.kernels.cpu.library import Library, describe
+from karakoram.kernels.cpu.library import Library, alone, describe
 from karakoram.kernels.ops import chosen
 
 WIDTHS = 16  # key and value widths are multiples of it
@@ -48,7 +48,7 @@ def forward(
     largest_H, spans_n3 = torch.zeros(H), _rows(spans)
     _library().call(
         "k2_causal_forward", describe(q_BHTX), describe(k_BHTX), describe(v_BHTV), describe(spans_n3),
-        ctypes.c_float(scale), _alone(), describe(stats_BHT2), describe(largest_H), describe(out_BHTV),
+        ctypes.c_float(scale), alone(), describe(stats_BHT2), describe(largest_H), describe(out_BHTV),
     )  # fmt: skip
     return out_BHTV, stats_BHT2, largest_H
 
@@ -70,7 +70,7 @@ def backward(
     spans_n3 = _rows(spans)
     _library().call(
         "k2_causal_backward", describe(q_BHTX), describe(k_BHTX), describe(v_BHTV), describe(spans_n3),
-        ctypes.c_float(scale), _alone(), describe(stats_BHT2), describe(out_BHTV), describe(grad_BHTV),
+        ctypes.c_float(scale), alone(), describe(stats_BHT2), describe(out_BHTV), describe(grad_BHTV),
         *map(describe, grads),
     )  # fmt: skip
     return grads
@@ -84,8 +84,3 @@ def _library() -> Library:
 
 def _rows(spans: Sequence[tuple[int, int, int]]) -> Tensor:
     return torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
-
-
-def _alone() -> ctypes.c_int32:
-    """Whoever told torch to use one thread means us too."""
-    return ctypes.c_int32(torch.get_num_threads() == 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from karakoram.errors import InputError
 from karakoram.kernels import reference
-from karakoram.kernels.cpu.library import Library, describe
+from karakoram.kernels.cpu.library import Library, alone, describe
 from karakoram.kernels.ops import chosen
 
 _RULE = struct.Struct("=5fi")  # k2_muon_rule
@@ -58,7 +58,7 @@ def newton_schulz(
         return reference.newton_schulz(stack_nAB, norms_n, steps, out)
     stack_nAB, norms_n = stack_nAB.contiguous(), norms_n.to(stack_nAB.dtype).float().contiguous()
     rows = torch.tensor(steps, dtype=torch.float32)
-    lib.call("k2_newton_schulz", describe(stack_nAB), describe(norms_n), describe(rows), _alone(), describe(out))
+    lib.call("k2_newton_schulz", describe(stack_nAB), describe(norms_n), describe(rows), alone(), describe(out))
     return out
 
 
@@ -77,7 +77,7 @@ def momentum(
     out = torch.empty(buffer.shape, dtype=torch.bfloat16)
     lib.call(
         "k2_muon_momentum", describe(gradient.view(-1)), describe(buffer.view(-1)), ctypes.c_float(momentum),
-        ctypes.c_float(1 - momentum), ctypes.c_float(scale), ctypes.c_int32(nesterov), _alone(), describe(out.view(-1)),
+        ctypes.c_float(1 - momentum), ctypes.c_float(scale), ctypes.c_int32(nesterov), alone(), describe(out.view(-1)),
     )  # fmt: skip
     return out
 
@@ -90,7 +90,7 @@ def update(weight: Tensor, step: Tensor, keep: float, by: float, implementation:
     squares = ctypes.c_float()
     lib.call(
         "k2_muon_update", describe(weight.view(-1)), describe(step.view(-1)), ctypes.c_float(keep), ctypes.c_float(by),
-        _alone(), ctypes.byref(squares),
+        alone(), ctypes.byref(squares),
     )  # fmt: skip
     return torch.tensor(squares.value)
 
@@ -118,7 +118,7 @@ def step(
     described = [b"".join(map(describe, tensors)) for tensors in zip(*weights, strict=True)] or [b""] * 3
     lib.call(
         "k2_muon_step", packed, describe(rows), ctypes.c_int64(len(weights)), *described,
-        struct.pack(f"{len(by)}f", *by), _alone(), ctypes.c_void_p(squares.data_ptr()),
+        struct.pack(f"{len(by)}f", *by), alone(), ctypes.c_void_p(squares.data_ptr()),
     )  # fmt: skip
     return squares
 
@@ -144,8 +144,3 @@ def _whole(tensor: Tensor) -> bool:
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()
-
-
-def _alone() -> ctypes.c_int32:
-    """Whoever told torch to use one thread means us too: the benchmark, a rank beside others."""
-    return ctypes.c_int32(torch.get_num_threads() == 1)

@@ -35,7 +35,7 @@ from karakoram.train.data.bpe import train_tokenizer
 from karakoram.train.data.pack import READ_WEIGHT, build_token_cache, stage_mix
 from karakoram.train.recipe import Material, Recipe, Workplace
 
-STAGE_STEPS = (8000, 8000, 4600)  # at most: 13,000 tokens a second
+STAGE_STEPS = (8000, 8000, 4600)  # at most: 12,000 tokens a second
 STAGE_MINUTES = (37.8, 37.8, 21.0)  # of training; tokenizer, tokens and compiling take two more
 STEPS, MINUTES = sum(STAGE_STEPS), sum(STAGE_MINUTES)
 TOKENIZER_DOCUMENTS = 9_000

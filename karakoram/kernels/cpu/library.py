@@ -61,6 +61,11 @@ def describe(tensor: Tensor) -> bytes:
     return _SHAPES[ndim].pack(tensor.data_ptr(), code, ndim, *tensor.shape, *tensor.stride())
 
 
+def alone() -> ctypes.c_int32:
+    """Whether a call should leave the pool out: whoever told torch to use one thread means us too."""
+    return ctypes.c_int32(torch.get_num_threads() == 1)
+
+
 def describe_packed(data: Tensor, kind: str, outputs: int, inputs: int) -> bytes:
     """A packed matrix; shape is that of the matrix."""
     return _SHAPES[2].pack(data.data_ptr(), PANELS[kind], 2, outputs, inputs, 0, 0)

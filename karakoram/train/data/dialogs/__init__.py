@@ -90,12 +90,7 @@ MIXES: dict[str, dict[str, float]] = {
     **{f"chain_{n}": {f"steps_{n}": 0.8, f"story_{n}": 0.2} for n in steps.CALLS},
 }  # fmt: skip
 DEMO_SHARE = 0.45  # of the families that the demo tools can do: about one document in five, in training only
-TWO_TURN_SHARE = {
-    "first": 0.06,
-    "sft": 0.09,
-    "pretrain": 0.06,
-    "chains": 0.06,
-}  # of a mix; in the others there are none
+TWO_TURN_SHARE = {"first": 0.06, "sft": 0.09, "pretrain": 0.06}  # of a mix; in the others there are none
 FAILURE_SHARE = 0.025
 MISTAKE_SHARE = 0.04  # of what may fail, in the mix `sft`: a wrong name, the error, the right call
 GIVES_UP_SHARE = 0.3  # of these, a second wrong name: a model that cannot copy one would try it until it is stopped
